@@ -1,0 +1,51 @@
+# Set-up, demo, tests. `make venv` does the whole set-up; the other targets call it first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+SGLANG := sglang==0.5.23
+BIN := .venv/bin
+STAMP := .venv/.set-up
+
+# torch's threads spin: more than one per process starves the server on a small machine.
+CPU_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: venv demo test test-full lint format bench dist-check clean
+.DEFAULT_GOAL := venv
+
+venv: $(STAMP)
+
+$(STAMP): setup.py scripts/cpu/install.py scripts/cpu/requirements.txt scripts/cpu/sgl_kernel.py \
+		scripts/cpu/torchvision_schemas.py
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+		$(BIN)/python -m pip install "$(SGLANG)" --editable ".[dev,minilm,bench]"; \
+	else \
+		$(BIN)/python scripts/cpu/install.py; \
+	fi
+	@touch $@
+
+demo: venv
+	$(BIN)/sglang-deepprune demo
+
+test: venv
+	$(CPU_ENV) $(BIN)/pytest -m "not slow and not gpu and not stacks"
+
+test-full: venv
+	$(CPU_ENV) $(BIN)/pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv
+	$(CPU_ENV) $(BIN)/python -m benchmarks.replay
+
+dist-check: venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/dist_check.sh
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

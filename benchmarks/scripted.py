@@ -1,0 +1,93 @@
+"""A second SGLang plugin, for studies and tests: sibling i of a known prompt emits script i.
+
+Only the choice of the next token is scripted. Model forward, scheduler, radix cache, KV pool, our
+hooks and the API are the real ones. The plugin works with deepprune on or off (then siblings are
+told apart by their order of arrival), so both can be measured on the same traces.
+
+`plugin_env` makes the folder that lets SGLang's `importlib.metadata` find it in every process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+FILE_VARIABLE = "DEEPPRUNE_SCRIPTS"
+
+_scripts: dict[tuple[int, ...], list[list[int]]] = {}
+_arrivals: dict[tuple[int, ...], int] = defaultdict(int)
+_by_rid: dict[str, tuple[int, list[int]]] = {}  # rid -> (prompt length, tokens to emit)
+
+
+def write_scripts(path: Path, scripts: dict[tuple[int, ...], Sequence[Sequence[int]]]) -> None:
+    """{prompt ids: one list of output ids a sibling}; each should end with the model's EOS."""
+    body = [{"prompt": list(prompt), "tokens": [list(t) for t in tokens]}
+            for prompt, tokens in scripts.items()]  # fmt: skip
+    path.write_text(json.dumps(body))
+
+
+def plugin_env(scripts: Path, folder: Path) -> dict[str, str]:
+    """Environment for a server that plays `scripts`; `folder` receives the plugin's metadata."""
+    info = folder / "deepprune_scripted-0.0.1.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: deepprune-scripted\nVersion: 0.0.1\n"
+    )
+    (info / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nscripted = benchmarks.scripted:register\n"
+    )
+    return {
+        "PYTHONPATH": os.pathsep.join(
+            p for p in (str(folder), os.environ.get("PYTHONPATH", "")) if p
+        ),
+        FILE_VARIABLE: str(scripts),
+    }
+
+
+def register() -> None:
+    """Entry point of the group `sglang.srt.plugins`."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for entry in json.loads(Path(os.environ[FILE_VARIABLE]).read_text()):
+        _scripts[tuple(entry["prompt"])] = entry["tokens"]
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue", note, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner.sample", play, HookType.AROUND
+    )
+
+
+def note(original: Callable[..., Any], self: Any, req: Any, is_retracted: bool = False) -> Any:
+    """AROUND `_add_request_to_queue`: give the request its script. Warm-ups have none."""
+    prompt = tuple(req.origin_input_ids)
+    tokens = _scripts.get(prompt)
+    if tokens and req.rid not in _by_rid and req.sampling_params.max_new_tokens:
+        tag = (req.sampling_params.custom_params or {}).get("__deepprune") or {}
+        index = tag.get("index", -1)
+        if index < 0:
+            index = _arrivals[prompt]
+            _arrivals[prompt] += 1
+        _by_rid[req.rid] = (len(prompt), tokens[index % len(tokens)])
+    return original(self, req, is_retracted)
+
+
+def play(original: Callable[..., Any], self: Any, logits_output: Any, forward_batch: Any) -> Any:
+    """AROUND `ModelRunner.sample`: the sequence length tells which token is due."""
+    ids = original(self, logits_output, forward_batch)
+    lengths = forward_batch.seq_lens
+    for row, rid in enumerate(forward_batch.rids or ()):
+        known = _by_rid.get(rid)
+        if known is None:
+            continue
+        prompt_len, tokens = known
+        due = int(lengths[row]) - prompt_len
+        if 0 <= due:
+            ids[row] = tokens[min(due, len(tokens) - 1)]
+        if due >= len(tokens):
+            _by_rid.pop(rid, None)
+    return ids

@@ -1,0 +1,56 @@
+"""Builds the engine of one scheduler process, and says in one line what is active."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from packaging.version import Version
+
+from sglang_deepprune import __version__
+from sglang_deepprune.answers import Fence
+from sglang_deepprune.config import DeepPruneConfig
+from sglang_deepprune.coordinator import Coordinator
+from sglang_deepprune.judging import JudgeWorker
+from sglang_deepprune.patches import seams, server_args
+from sglang_deepprune.patches.scheduler import Engine
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
+    """Children (judge, answer fence) exist on the leader only: the rank that reads requests."""
+    is_leader = _is_leader(scheduler)
+    judge = fence = None
+    if is_leader:
+        fence = Fence()
+        if config.judge != "none":
+            judge = JudgeWorker(config.judge, config.judge_deadline_ms / 1000)
+            judge.start()
+    tokenizer = scheduler.tokenizer
+
+    def decode(ids: Any) -> str:
+        # Control tokens stay visible: they mark where the thinking ends.
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    coordinator = Coordinator(config, decode, judge=judge, fence=fence)
+    if is_leader:
+        logger.info(
+            "deepprune %s is active: SGLang %s, %d seams, preset %s, judge %s, overlap %s, "
+            "default %s",
+            __version__, seams.sglang_version(), len(server_args.activated()), config.preset,
+            config.judge, "on" if scheduler.enable_overlap else "off", config.default,
+        )  # fmt: skip
+    return Engine(scheduler, config, coordinator)
+
+
+def _is_leader(scheduler: Any) -> bool:
+    """Rank 0 of those that share one waiting queue; SGLang's `ingest_requests` asks the same."""
+    ranks = scheduler.ps if seams.sglang_version() < Version("0.5.21") else _parallel()
+    return not (ranks.attn_tp_rank or ranks.attn_cp_rank or ranks.pp_rank)
+
+
+def _parallel() -> Any:
+    from sglang.srt.runtime_context import get_parallel  # since 0.5.21
+
+    return get_parallel()

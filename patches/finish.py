@@ -1,0 +1,52 @@
+"""How a stopped sibling ends, and how its record rides on any finish reason.
+
+A stopped choice is OpenAI's "length": cut short, neither a complete answer nor an error. (An abort
+with a status code would fail the whole n>1 call; "stop" would read as complete.)
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import (
+    FINISH_ABORT,
+    FINISH_LENGTH,
+    FINISH_MATCHED_TOKEN,
+)
+
+from sglang_deepprune.coordinator import Retired
+from sglang_deepprune.group import State
+from sglang_deepprune.patches import wire
+
+
+class FinishStopped(FINISH_LENGTH):
+    """A sibling that we ended. `state` is the name its choice will carry."""
+
+    def __init__(self, state: State, length: int):
+        super().__init__(length)
+        self.state = state
+
+
+def state_of(reason: Any) -> State:
+    """The end state that a finish reason stands for."""
+    if isinstance(reason, FinishStopped):
+        return reason.state
+    if isinstance(reason, FINISH_ABORT):
+        return State.ABORTED if reason.status_code is None else State.FAILED
+    return State.FINISHED
+
+
+def is_cut(reason: Any) -> bool:
+    """Ended by a length limit or a stop string rather than by the model's own end token."""
+    return not isinstance(reason, FINISH_MATCHED_TOKEN)
+
+
+def annotate(reason: Any, retired: Retired) -> None:
+    """Let `reason.to_json()` carry the record; every other key stays as it is."""
+    body: dict[str, Any] = {"choice": retired.choice.to_json()}
+    if retired.group is not None:
+        body["group"] = retired.group.to_json()
+    payload = json.dumps(body)
+    plain = reason.to_json
+    reason.to_json = lambda: {**plain(), wire.KEY: payload}

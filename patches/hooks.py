@@ -1,0 +1,185 @@
+"""The functions behind the seam table: each asks its gate, then hands on to its room.
+
+`TABLE` maps a row's `name` in `seams.py` to the function that is installed there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq
+
+from sglang_deepprune import __version__
+from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
+from sglang_deepprune.patches.build import build_engine
+from sglang_deepprune.patches.scheduler import _COMMANDS, Engine
+
+logger = logging.getLogger(__name__)
+
+_engine: Engine | None = None  # this process's, once its Scheduler is built
+
+
+def engine() -> Engine | None:
+    """The engine of this scheduler process, None elsewhere and where the flag is off."""
+    return _engine
+
+
+def scheduler_init(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `Scheduler.__init__`."""
+    global _engine
+    config = server_args.config_of(self.server_args)
+    if config is not None:
+        _engine = build_engine(self, config)
+
+
+def add_request_to_queue(
+    original: Callable[..., Any], self: Any, req: Any, is_retracted: bool = False
+) -> Any:
+    """AROUND `Scheduler._add_request_to_queue`."""
+    ours = _engine
+    custom = req.sampling_params.custom_params
+    if ours is None or not custom or wire.TAG not in custom:
+        return original(self, req, is_retracted)
+    if ours.guard(ours.admit, req):
+        return None
+    return original(self, req, is_retracted)
+
+
+def abort_request(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
+    """AROUND `Scheduler.abort_request`: the rid of an n>1 request stands for its siblings'.
+
+    One tokenizer process translates the rid itself; with several, it may not be the one that knows.
+    """
+    ours = _engine
+    if ours is not None and not recv_req.abort_all and ours.live:
+        siblings = ours.siblings_of(recv_req.rid)
+        for rid in siblings:
+            original(self, AbortReq(rid=rid))
+        if siblings:
+            return None
+    return original(self, recv_req)
+
+
+def process_input_requests(original: Callable[..., Any], self: Any, recv_reqs: Any) -> Any:
+    """AROUND `Scheduler.process_input_requests`: our commands are not SGLang's to dispatch."""
+    ours = _engine
+    if ours is None or not recv_reqs:
+        return original(self, recv_reqs)
+    commands = [one for one in recv_reqs if isinstance(one, _COMMANDS)]
+    if not commands:
+        return original(self, recv_reqs)
+    result = original(self, [one for one in recv_reqs if not isinstance(one, _COMMANDS)])
+    ours.guard(ours.apply, commands)
+    return result
+
+
+def poll_commands(result: Any, self: Any) -> Any:
+    """AFTER `Scheduler._poll_timeout_aborts` or `SchedulerRequestReceiver._pull_raw_reqs`."""
+    ours = _engine
+    if ours is None or ours.coordinator.is_idle or result is None:
+        return None
+    commands = ours.guard(ours.poll)
+    return [*result, *commands] if commands else None
+
+
+def process_batch_result_decode(
+    original: Callable[..., Any], self: Any, batch: Any, result: Any
+) -> Any:
+    """AROUND `SchedulerBatchResultProcessor.process_batch_result_decode`."""
+    ours = _engine
+    if ours is None:
+        return original(self, batch, result)
+    if ours.steps.is_on:
+        return _timed(original, self, batch, result, ours)
+    if ours.coordinator.is_idle:
+        return original(self, batch, result)
+    ours.guard(ours.before_result, batch, result)
+    returned = original(self, batch, result)
+    ours.guard(ours.after_result, batch)
+    return returned
+
+
+_last_end = 0
+
+
+def _timed(original: Callable[..., Any], self: Any, batch: Any, result: Any, ours: Engine) -> Any:
+    """The same with a clock around our part."""
+    global _last_end
+    start = time.perf_counter_ns()
+    if not ours.coordinator.is_idle:
+        ours.guard(ours.before_result, batch, result)
+    middle = time.perf_counter_ns()
+    ours.steps.begin()
+    returned = original(self, batch, result)
+    ours.steps.end()
+    resumed = time.perf_counter_ns()
+    if not ours.coordinator.is_idle:
+        ours.guard(ours.after_result, batch)
+    end = time.perf_counter_ns()
+    if _last_end:
+        ours.steps.spent(middle - start + end - resumed, end - _last_end, len(batch.reqs))
+    _last_end = end
+    return returned
+
+
+def process_batch_result_prefill(
+    original: Callable[..., Any], self: Any, batch: Any, result: Any
+) -> Any:
+    """AROUND `process_batch_result_prefill`: decode rows of a mixed batch count their step here."""
+    ours = _engine
+    returned = original(self, batch, result)
+    if ours is not None and batch.decoding_reqs and not ours.coordinator.is_idle:
+        ours.guard(ours.after_result, batch)
+    return returned
+
+
+def stream_output(
+    original: Callable[..., Any], self: Any, reqs: Any, return_logprob: bool, skip_req: Any = None
+) -> Any:
+    """AROUND `SchedulerOutputStreamer.stream_output`: the door through which siblings end."""
+    ours = _engine
+    if ours is None or not ours.live:
+        return original(self, reqs, return_logprob, skip_req)
+    held = ours.guard(ours.close, reqs, skip_req)
+    if held:
+        reqs = [req for req in reqs if not any(req is one for one in held)]
+        if not reqs:
+            return None
+    return original(self, reqs, return_logprob, skip_req)
+
+
+def send_output(
+    original: Callable[..., Any], self: Any, output: Any, recv_obj: Any = None
+) -> Any:
+    """AROUND `SenderWrapper.send_output`: the other door, for siblings aborted in a queue."""
+    ours = _engine
+    if ours is not None and isinstance(output, AbortReq):
+        ours.guard(ours.aborted, output)
+    return original(self, output, recv_obj)
+
+
+TABLE: dict[str, Callable[..., Any]] = {
+    "TokenizerManager._handle_batch_request": tokenizer_manager.handle_batch_request,
+    "TokenizerManager._send_one_request": tokenizer_manager.send_one_request,
+    "TokenizerManager._wait_one_response": tokenizer_manager.wait_one_response,
+    "TokenizerManager.abort_request": tokenizer_manager.abort_request,
+    "OpenAIServingCompletion._build_completion_response": output.build_response,
+    "OpenAIServingCompletion._generate_completion_stream": output.completion_stream,
+    "OpenAIServingChat._build_chat_response": output.build_response,
+    "OpenAIServingChat._generate_chat_stream": output.chat_stream,
+    "Scheduler.__init__": scheduler_init,
+    "Scheduler._add_request_to_queue": add_request_to_queue,
+    "Scheduler.abort_request": abort_request,
+    "Scheduler.process_input_requests": process_input_requests,
+    "Scheduler._poll_timeout_aborts": poll_commands,
+    "SchedulerRequestReceiver._pull_raw_reqs": poll_commands,
+    "SchedulerBatchResultProcessor.process_batch_result_decode": process_batch_result_decode,
+    "SchedulerBatchResultProcessor.process_batch_result_prefill": process_batch_result_prefill,
+    "SchedulerOutputStreamer.stream_output": stream_output,
+    "SenderWrapper.send_output": send_output,
+    "ModelRunner.sample": sampling.sample,
+    "Sampler._sample_from_probs": sampling.sample_from_probs,
+}

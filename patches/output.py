@@ -1,0 +1,219 @@
+"""The reply: choices in order, one group record, the same APIs.
+
+Only shapes; the vote was taken in the scheduler's coordinator. Native replies carry the record in
+`meta_info.deepprune` (`choice` on every choice, `group` on the first one, or on a stream's last
+finishing chunk). OpenAI replies carry it in `metadata.deepprune`, a stream in one choices-free
+chunk before `[DONE]`. JSON names: `sglang_deepprune/schema/record.schema.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from sglang_deepprune.patches import wire
+from sglang_deepprune.types import ChoiceRecord, GroupRecord
+
+RECORDS = "_deepprune_records"  # attribute of the request object that OpenAI handlers share
+
+
+def unpack(meta: dict[str, Any], reason: dict[str, Any], obj: Any) -> None:
+    """Move the JSON of one finish reason into `meta_info`, and onto the request object."""
+    record = json.loads(reason.pop(wire.KEY))
+    meta[wire.KEY] = record
+    if "group" in record:
+        setattr(obj, RECORDS, [record["group"]])
+
+
+def inactive(reason: str, group_id: str = "", size: int = 0) -> dict[str, Any]:
+    """The record of a request that was not, or no longer, a group."""
+    return GroupRecord(group_id=group_id, active=False, reason=reason, size=size).to_json()
+
+
+class Reply:
+    """Shapes one n>1 request's replies; one instance a request."""
+
+    def __init__(self, num_siblings: int, asks: list[wire.Ask]):
+        self.num_siblings = num_siblings
+        self.asks = asks
+        self.records: dict[int, dict[str, Any]] = {}  # prompt -> group record
+        self.ended: dict[int, int] = {}  # prompt -> finished choices
+        self.buffers: dict[int, dict[str, Any]] = {}  # choice -> whole output, when filtering
+
+    def whole(self, responses: list[dict[str, Any]], obj: Any) -> list[dict[str, Any]]:
+        """A non-streaming reply: choices of all prompts, in order."""
+        shaped: list[dict[str, Any]] = []
+        for prompt, ask in enumerate(self.asks):
+            first = prompt * self.num_siblings
+            block = responses[first : first + self.num_siblings]
+            for response in block:
+                self._note(prompt, response)
+            shaped += self._finished_block(prompt, ask, block)
+        self._publish(obj)
+        return shaped
+
+    def piece(self, response: dict[str, Any], obj: Any) -> Iterator[dict[str, Any]]:
+        """One chunk of a streaming reply; yields what goes to the client now."""
+        prompt = response["index"] // self.num_siblings
+        ask = self.asks[prompt]
+        self._note(prompt, response)
+        is_end = response["meta_info"].get("finish_reason") is not None
+        if is_end:
+            self.ended[prompt] = self.ended.get(prompt, 0) + 1
+        is_last = self.ended.get(prompt) == self.num_siblings and is_end
+        if ask.returns == "all" or not ask.is_wanted:
+            if is_last:
+                self._describe(prompt, ask, [response])
+                self._publish(obj)
+            yield response
+            return
+        self._buffer(response)
+        if is_last:
+            first = prompt * self.num_siblings
+            block = [self.buffers.pop(first + index) for index in range(self.num_siblings)]
+            kept = self._finished_block(prompt, ask, block)
+            # The dropped choices were generated too: usage counts them with the first kept one.
+            spent = sum(_tokens(one) for one in block) - sum(_tokens(one) for one in kept)
+            kept[0]["meta_info"]["completion_tokens"] = _tokens(kept[0]) + spent
+            self._publish(obj)
+            yield from kept
+
+    def _note(self, prompt: int, response: dict[str, Any]) -> None:
+        ours = response["meta_info"].get(wire.KEY)
+        if ours and "group" in ours:
+            self.records[prompt] = ours.pop("group")
+
+    def _finished_block(
+        self, prompt: int, ask: wire.Ask, block: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        record = self._describe(prompt, ask, block)
+        if record is None:
+            return block
+        kept = _kept(ask.returns, record, block)
+        if kept[0] is not block[0]:
+            kept[0]["meta_info"][wire.KEY]["group"] = record
+            block[0]["meta_info"][wire.KEY].pop("group", None)
+        return kept
+
+    def _describe(
+        self, prompt: int, ask: wire.Ask, block: list[dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Give every choice of the block its record, and the first one the group's."""
+        record = self.records.get(prompt)
+        if record is None:
+            if not ask.is_explicit and not ask.is_wanted:
+                return None
+            why = "aborted before it was settled" if ask.is_wanted else "switched off by request"
+            record = self.records[prompt] = inactive(why, size=self.num_siblings)
+        choices = {choice["index"]: choice for choice in record["choices"]}
+        first = prompt * self.num_siblings
+        for place, response in enumerate(block):
+            index = response.get("index", first + place) - first
+            meta = response["meta_info"]
+            default = ChoiceRecord(index, "aborted" if ask.is_wanted else "finished",
+                                   _tokens(response))  # fmt: skip
+            ours = meta.setdefault(wire.KEY, {"choice": default.to_json()})
+            ours["choice"] = choices.get(index, ours["choice"])
+        block[0]["meta_info"][wire.KEY]["group"] = record
+        return record
+
+    def _publish(self, obj: Any) -> None:
+        setattr(obj, RECORDS, [self.records[prompt] for prompt in sorted(self.records)])
+
+    def _buffer(self, response: dict[str, Any]) -> None:
+        """Keep a choice's newest output. Deltas (incremental streaming) are joined."""
+        index = response["index"]
+        known = self.buffers.get(index)
+        text = response.get("text")
+        if known and text is not None and not text.startswith(known.get("text") or ""):
+            response["text"] = (known.get("text") or "") + text
+        self.buffers[index] = response
+
+
+def _tokens(response: dict[str, Any]) -> int:
+    return int(response["meta_info"].get("completion_tokens", 0))
+
+
+def _kept(returns: str, record: dict[str, Any], block: list[dict[str, Any]]) -> list[Any]:
+    """The choices that `return` asks for; all of them when nothing finished."""
+    states = {choice["index"]: choice["state"] for choice in record["choices"]}
+    finished = [out for index, out in enumerate(block) if states.get(index) == "finished"]
+    if returns == "all" or not finished:
+        return block
+    if returns == "survivors":
+        return finished
+    winner = record["winner"]
+    return [block[winner]] if winner is not None else finished[:1]
+
+
+def metadata_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """`metadata.deepprune`: the record, or the records of a list of prompts under `groups`."""
+    return records[0] if len(records) == 1 else {"groups": records}
+
+
+def build_response(
+    original: Callable[..., Any], self: Any, request: Any, ret: Any, created: int
+) -> Any:
+    """AROUND `_build_completion_response` and `_build_chat_response`."""
+    response = original(self, request, ret, created)
+    outputs = ret if isinstance(ret, list) else [ret]
+    records = [
+        one["meta_info"][wire.KEY]["group"]
+        for one in outputs
+        if "group" in (one["meta_info"].get(wire.KEY) or {})
+    ]
+    if not records or not hasattr(response, "choices"):
+        return response
+    response.metadata = {**(response.metadata or {}), wire.KEY: metadata_of(records)}
+    usage = getattr(response, "usage", None)
+    if usage is not None and len(outputs) < sum(record["size"] for record in records):
+        # Fewer choices than siblings came back; all of them were generated.
+        active = [record for record in records if record["active"]]
+        if len(active) == len(records) and all(record["settled"] for record in records):
+            firsts = [one for one in outputs if "group" in (one["meta_info"].get(wire.KEY) or {})]
+            usage.prompt_tokens = sum(one["meta_info"].get("prompt_tokens", 0) for one in firsts)
+            usage.completion_tokens = sum(record["generated_tokens"] for record in records)
+            usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+    return response
+
+
+def completion_stream(
+    original: Callable[..., Any], self: Any, adapted_request: Any, request: Any, raw_request: Any
+) -> Any:
+    """AROUND `_generate_completion_stream`."""
+    lines = original(self, adapted_request, request, raw_request)
+    return _with_record(lines, adapted_request, request, "text_completion")
+
+
+def chat_stream(
+    original: Callable[..., Any], self: Any, adapted_request: Any, request: Any, raw_request: Any
+) -> Any:
+    """AROUND `_generate_chat_stream`."""
+    lines = original(self, adapted_request, request, raw_request)
+    return _with_record(lines, adapted_request, request, "chat.completion.chunk")
+
+
+async def _with_record(
+    lines: Any, adapted_request: Any, request: Any, kind: str
+) -> AsyncIterator[Any]:
+    first_id = ""
+    try:
+        async for line in lines:
+            if not first_id and line.startswith("data: {"):
+                first_id = str(json.loads(line[6:]).get("id", ""))
+            records = getattr(adapted_request, RECORDS, None)
+            if records and line.startswith("data: [DONE]"):
+                chunk = {
+                    "id": first_id,
+                    "object": kind,
+                    "created": int(time.time()),
+                    "model": request.model,
+                    "choices": [],
+                    "metadata": {wire.KEY: metadata_of(records)},
+                }
+                yield f"data: {json.dumps(chunk)}\n\n"
+            yield line
+    finally:
+        await lines.aclose()

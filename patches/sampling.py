@@ -1,0 +1,61 @@
+"""Per-row noise for seeded siblings, and nothing for anybody else's rows.
+
+`ModelRunner.sample` knows whose rows are sampled (`forward_batch.rids`), `Sampler.
+_sample_from_probs` holds their probabilities; both run in the same call. Only the tagged rows'
+tokens are replaced, before log-probabilities are computed from them. A batch-wide `sampling_seed`
+is never set: it asserts on some samplers when a stranger's row is aboard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_deepprune.noise import draw
+
+# rid -> seed of the sibling's stream. Filled at admission, emptied when the sibling ends.
+SEEDS: dict[str, int] = {}
+_rows: list[tuple[int, int]] = []  # (row, seed) of the batch that is being sampled
+
+
+def sample(original: Callable[..., Any], self: Any, logits_output: Any, forward_batch: Any) -> Any:
+    """AROUND `ModelRunner.sample`."""
+    if not SEEDS or not forward_batch.rids:
+        return original(self, logits_output, forward_batch)
+    _rows[:] = [(row, SEEDS[rid]) for row, rid in enumerate(forward_batch.rids) if rid in SEEDS]
+    try:
+        return original(self, logits_output, forward_batch)
+    finally:
+        _rows.clear()
+
+
+def sample_from_probs(
+    original: Callable[..., Any],
+    self: Any,
+    probs: torch.Tensor,
+    sampling_info: Any,
+    positions: torch.Tensor,
+    *rest: Any,
+    **options: Any,
+) -> Any:
+    """AROUND `Sampler._sample_from_probs`: returns token ids, since 0.5.21 with a capture."""
+    if not _rows:
+        return original(self, probs, sampling_info, positions, *rest, **options)
+    device = probs.device
+    rows = torch.tensor([row for row, _ in _rows], dtype=torch.int64, device=device)
+    seeds = torch.tensor([seed for _, seed in _rows], dtype=torch.int64, device=device)
+    # Drawn first: some back ends filter `probs` in place.
+    tokens = draw(
+        probs[rows],
+        seeds,
+        positions[rows],
+        top_ks=sampling_info.top_ks[rows] if sampling_info.need_top_k_sampling else None,
+        top_ps=sampling_info.top_ps[rows] if sampling_info.need_top_p_sampling else None,
+        min_ps=sampling_info.min_ps[rows] if sampling_info.need_min_p_sampling else None,
+    )
+    sampled = original(self, probs, sampling_info, positions, *rest, **options)
+    ids = sampled[0] if isinstance(sampled, tuple) else sampled
+    ids[rows] = tokens.to(ids.dtype)
+    return sampled

@@ -1,0 +1,275 @@
+"""The scheduler side: where SGLang's steps meet the coordinator. One `Engine` a scheduler process.
+
+Every hook has an O(1) gate (no live group: the original, at once) and is guarded: an exception of
+ours is logged once, its groups run on as plain sampling would, and the original is called. A
+sibling ends through one of two doors, `stream_output` or an AbortReq to the tokenizer, and is
+retired there exactly once. KV is never freed here: a stopped sibling ends by `to_finish`, so
+SGLang's own finish path releases it within the same `process_batch_result_decode`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from sglang_deepprune.config import DeepPruneConfig
+from sglang_deepprune.coordinator import Command, Coordinator, Retired, Stop
+from sglang_deepprune.group import State
+from sglang_deepprune.noise import sibling_seed
+from sglang_deepprune.patches import finish, sampling, wire
+from sglang_deepprune.patches.steplog import StepLog
+from sglang_deepprune.types import Close, FenceResult, JudgeResult
+
+logger = logging.getLogger(__name__)
+
+_COMMANDS = (JudgeResult, FenceResult, Close)
+
+
+@dataclass(slots=True)
+class Live:
+    """One sibling inside the engine."""
+
+    req: Any  # sglang Req
+    group_id: str
+    index: int
+    stem: str  # rid of the n>1 request it belongs to
+
+
+class Engine:
+    """Binds one SGLang scheduler to one coordinator."""
+
+    def __init__(self, scheduler: Any, config: DeepPruneConfig, coordinator: Coordinator):
+        self.scheduler = scheduler
+        self.config = config
+        self.coordinator = coordinator
+        self.live: dict[str, Live] = {}  # rid ->
+        self.rids: dict[tuple[str, int], str] = {}  # (group, index) -> rid
+        self.held: dict[str, tuple[Any, Retired]] = {}  # group -> its last output, vote not counted
+        self.outbox: list[Command] = []  # the leader's, until seen back in the broadcast
+        self.is_deterministic = bool(scheduler.server_args.enable_deterministic_inference)
+        self.steps = StepLog(scheduler, config.log_steps)
+        self._faults: set[str] = set()
+
+    # -- admission ---------------------------------------------------------------------------
+
+    def admit(self, req: Any) -> bool:
+        """A sibling enters the queue, or comes back to it. True: it was answered at once."""
+        known = self.live.get(req.rid)
+        if known is not None:
+            # A doomed sibling that was retracted: it holds no KV and must not start again.
+            if isinstance(req.to_finish, finish.FinishStopped):
+                self._answer(req, req.to_finish.state)
+                return True
+            return False
+        tagged = req.sampling_params.custom_params[wire.TAG]
+        index, end = self.coordinator.admit(
+            tagged["gid"], tagged["index"], tagged["size"], wire.settings_of(tagged),
+            req.sampling_params.max_new_tokens or 0,
+        )  # fmt: skip
+        self.live[req.rid] = Live(req, tagged["gid"], index, tagged["rid"])
+        self.rids[tagged["gid"], index] = req.rid
+        seed = req.sampling_params.sampling_seed
+        if seed is not None or self.is_deterministic:
+            own = sibling_seed(42 if seed is None else seed, index)
+            if self.is_deterministic:
+                req.sampling_params.sampling_seed = own
+            else:
+                sampling.SEEDS[req.rid] = own
+        if end is not None:
+            self._answer(req, end)
+        return end is not None
+
+    # -- the decode step ---------------------------------------------------------------------
+
+    def before_result(self, batch: Any, result: Any) -> None:
+        """This step's tokens are known, nothing is finished yet: see natural ends first, so that a
+        deciding vote ends its group's siblings in this very step."""
+        if not batch.spec_algorithm.is_none() or result.next_token_ids is None:
+            return
+        if result.copy_done is not None:
+            result.copy_done.synchronize()  # the original does the same right after
+        ids = result.next_token_ids
+        tokens = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        stops: list[Stop] = []
+        for req, token in zip(batch.reqs, tokens, strict=False):
+            live = self.live.get(req.rid)
+            if live is None or req.finished() or req.is_retracted:
+                continue
+            is_end, is_cut = _ends_with(req, token)
+            if not is_end or isinstance(req.to_finish, FINISH_ABORT):
+                continue
+            if req.to_finish is not None:
+                # Stopped in the step in which it ends anyway: its whole answer counts.
+                req.to_finish, req.skip_radix_cache_insert = None, False
+                self.coordinator.revive(live.group_id, live.index)
+            output_ids = [*req.output_ids, token] if is_cut else list(req.output_ids)
+            stops += self.coordinator.vote(live.group_id, live.index, output_ids, is_cut)
+        self._stop(stops)
+
+    def after_result(self, batch: Any) -> None:
+        """Count the step for the groups in this batch; the window may hand traces to the judge."""
+        outputs: dict[str, dict[int, Sequence[int]]] = {}
+        for req in batch.reqs:
+            live = self.live.get(req.rid)
+            if live is not None and not req.finished():
+                outputs.setdefault(live.group_id, {})[live.index] = req.output_ids
+        if outputs:
+            self.coordinator.observe(outputs)
+
+    # -- verdicts ----------------------------------------------------------------------------
+
+    def poll(self) -> list[Command]:
+        """Leader: commands for the next broadcast, and those that were not seen back yet."""
+        self.outbox += self.coordinator.poll()
+        return list(self.outbox)
+
+    def apply(self, commands: Sequence[Command]) -> None:
+        """Every rank, at the top of the same loop iteration."""
+        self.outbox.clear()
+        for command in commands:
+            self._stop(self.coordinator.apply(command))
+            held = self.held.get(command.group_id)
+            if held is not None:
+                self._settle(command.group_id, *held)
+
+    def _settle(self, group_id: str, req: Any, retired: Retired) -> None:
+        record = self.coordinator.settle(group_id)
+        if record is None:
+            return
+        del self.held[group_id]
+        finish.annotate(req.finished_reason, Retired(retired.choice, record))
+        self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+
+    def _stop(self, stops: Sequence[Stop]) -> None:
+        for stop in stops:
+            rid = self.rids.get((stop.group_id, stop.index))
+            if rid is None:
+                continue
+            req = self.live[rid].req
+            if self._take_from_queue(req):
+                self._answer(req, stop.state)
+            elif not req.finished() and not isinstance(req.to_finish, FINISH_ABORT):
+                req.to_finish = finish.FinishStopped(stop.state, len(req.output_ids))
+                # The private tail goes back to the allocator instead of into the radix tree. Not
+                # before the first token: the prompt of a sibling in prefill is everybody's.
+                req.skip_radix_cache_insert = len(req.output_ids) > 0
+        self.steps.doomed(len(stops))
+
+    def _take_from_queue(self, req: Any) -> bool:
+        """Out of SGLang's waiting or grammar queue, if it is in one."""
+        grammar = getattr(self.scheduler.grammar_manager, "grammar_queue", [])
+        for queue in (self.scheduler.waiting_queue, grammar):
+            for place, waiting in enumerate(queue):
+                if waiting is req:
+                    del queue[place]
+                    return True
+        return False
+
+    def _answer(self, req: Any, state: State) -> None:
+        """End a sibling that holds no row: one terminal output with what it has, maybe nothing."""
+        release = getattr(self.scheduler, "_release_aborted_request", None)  # 0.5.21 and later
+        if release is not None:
+            release(req)
+        req.to_finish = finish.FinishStopped(state, len(req.output_ids))
+        req.update_finish_state()
+        self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+
+    # -- the two doors -----------------------------------------------------------------------
+
+    def close(self, reqs: Sequence[Any], skip: Any) -> list[Any]:
+        """Finished siblings among `reqs`: votes, then records. Returns the ones to hold back."""
+        ended = [
+            self.live[req.rid]
+            for req in reqs
+            if req is not skip and req.rid in self.live and req.finished()
+            and not req.finished_output
+        ]  # fmt: skip
+        held: list[Any] = []
+        if not ended:
+            return held
+        for live in ended:
+            reason = live.req.finished_reason
+            if finish.state_of(reason) is State.FINISHED:
+                # A no-op for ends that `before_result` saw; stop strings and grammar come here.
+                output_ids = _text_ids(live.req)
+                cut = finish.is_cut(reason)
+                self._stop(self.coordinator.vote(live.group_id, live.index, output_ids, cut))
+        for live in ended:
+            if self._retire(live, finish.state_of(live.req.finished_reason)):
+                held.append(live.req)
+        return held
+
+    def _retire(self, live: Live, state: State) -> bool:
+        """The sibling's last output is about to leave. True: hold it until the vote is counted."""
+        req = live.req
+        self._drop(live)
+        tokens = len(req.output_ids)
+        retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
+        if retired is None:
+            return False
+        if retired.is_pending:
+            self.held[live.group_id] = (req, retired)
+            return True
+        finish.annotate(req.finished_reason, retired)
+        return False
+
+    def aborted(self, output: AbortReq) -> None:
+        """SGLang tells the tokenizer that a queued sibling is gone."""
+        live = self.live.get(output.rid)
+        if live is None:
+            return
+        reason = output.finished_reason or {}
+        state = State.FAILED if reason.get("status_code") else State.ABORTED
+        self._drop(live)
+        self.coordinator.retire(live.group_id, live.index, state, len(live.req.output_ids))
+        self._stop(self.coordinator.lost(live.group_id))
+
+    def _drop(self, live: Live) -> None:
+        self.live.pop(live.req.rid, None)
+        self.rids.pop((live.group_id, live.index), None)
+        sampling.SEEDS.pop(live.req.rid, None)
+
+    def siblings_of(self, stem: str) -> list[str]:
+        """The rids of the n>1 request that a client knows by `stem`."""
+        return [rid for rid, live in self.live.items() if stem and live.stem == stem]
+
+    def guard(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Run one of our steps; a fault of ours releases the groups and never reaches SGLang."""
+        try:
+            return step(*args)
+        except Exception as error:
+            kind = f"{step.__name__}: {type(error).__name__}"
+            if kind not in self._faults:
+                self._faults.add(kind)
+                logger.exception("deepprune: %s; live groups run on as plain sampling", kind)
+            for group_id in list(self.coordinator.runs):
+                self.coordinator.release(group_id, "released after a fault")
+            return None
+
+
+def _ends_with(req: Any, token: int) -> tuple[bool, bool]:
+    """(it ends with this token, by length) as `Req.update_finish_state` will see it."""
+    params = req.sampling_params
+    if not params.ignore_eos:
+        tokenizer = req.tokenizer
+        if (
+            (params.stop_token_ids and token in params.stop_token_ids)
+            or (req.eos_token_ids and token in req.eos_token_ids)
+            or (tokenizer is not None and token == tokenizer.eos_token_id)
+            or (tokenizer is not None and token in (tokenizer.additional_stop_token_ids or ()))
+        ):
+            return True, False
+    return len(req.output_ids) + 1 >= params.max_new_tokens, True
+
+
+def _text_ids(req: Any) -> list[int]:
+    """The output ids that carry text: through the stop, less the end token itself."""
+    ids = list(req.output_ids)
+    if req.finished_len is not None:
+        ids = ids[: req.finished_len]
+    return ids if finish.is_cut(req.finished_reason) else ids[:-1]

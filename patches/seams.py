@@ -1,0 +1,211 @@
+"""The one table of everything we hook in SGLang, and the checks that it still fits.
+
+A seam is a row: target, kind, why, versions, parameters we rely on, what we read from it. `install`
+registers the rows with SGLang's HookRegistry; `check` resolves each row, compares its parameters
+and reads it back from the registry, because SGLang only logs a hook that fails to apply
+(`plugins/hook_registry.py::apply_hooks`). A mismatch is a SeamError with one sentence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import Version
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+OLDEST, NEWEST = "0.5.15", "0.5.23"
+WINDOW = f"SGLang {OLDEST} to {NEWEST}"
+
+_MANAGERS = "sglang.srt.managers"
+_OPENAI = "sglang.srt.entrypoints.openai"
+
+
+class SeamError(RuntimeError):
+    """This SGLang does not have a seam as we know it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """One hook: where, how, why, since when, and what its function must look like."""
+
+    module: str
+    name: str  # attribute path inside the module
+    kind: HookType
+    why: str
+    needs: tuple[str, ...]  # parameters that must be there, in this order
+    reads: str  # what we read from the arguments or the object
+    since: str = OLDEST
+    until: str = ""  # first version without it; "" = still there
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.name}"
+
+    def is_in(self, sglang: Version) -> bool:
+        if self.until and sglang >= Version(self.until):
+            return False
+        return sglang >= Version(self.since)
+
+
+_A, _B = HookType.AROUND, HookType.AFTER
+
+# The parser rows are hooked in every SGLang process that loads plugins, flag or no flag: the flag
+# has to be known before it can be given. All other rows exist only where the flag is on.
+PARSER = (
+    Seam("sglang.srt.server_args", "ServerArgs.add_cli_args", _B, "adds the --deepprune flags",
+         ("parser",), "the parser"),
+    Seam("sglang.srt.server_args", "ServerArgs.from_cli_args", _A,
+         "turns the flags into a config, checks seams and modes, activates the rest",
+         ("cls", "args"), "args.deepprune_*; the ServerArgs' modes"),
+)  # fmt: skip
+
+TOKENIZER = (
+    Seam(f"{_MANAGERS}.tokenizer_manager", "TokenizerManager._handle_batch_request", _A,
+         "knows an n>1 request before it is fanned out; shapes its reply",
+         ("self", "obj", "request"), "obj.parallel_sample_num, batch_size, sampling_params, rid"),
+    Seam(f"{_MANAGERS}.tokenizer_manager", "TokenizerManager._send_one_request", _A,
+         "tags each sibling on its way to the scheduler",
+         ("self", "tokenized_obj"), "tokenized_obj.sampling_params, input_ids, rid"),
+    Seam(f"{_MANAGERS}.tokenizer_manager", "TokenizerManager._wait_one_response", _A,
+         "moves our record from the finish reason into meta_info",
+         ("self", "obj", "request"), "out['meta_info']['finish_reason']"),
+    Seam(f"{_MANAGERS}.tokenizer_manager", "TokenizerManager.abort_request", _A,
+         "a group's own rid aborts its siblings",
+         ("self", "rid", "abort_all"), "rid"),
+    Seam(f"{_OPENAI}.serving_completions", "OpenAIServingCompletion._build_completion_response",
+         _A, "metadata.deepprune", ("self", "request", "ret", "created"), "ret[*]['meta_info']"),
+    Seam(f"{_OPENAI}.serving_completions", "OpenAIServingCompletion._generate_completion_stream",
+         _A, "one last chunk with the record before [DONE]",
+         ("self", "adapted_request", "request", "raw_request"), "the SSE lines"),
+    Seam(f"{_OPENAI}.serving_chat", "OpenAIServingChat._build_chat_response", _A,
+         "metadata.deepprune", ("self", "request", "ret", "created"), "ret[*]['meta_info']"),
+    Seam(f"{_OPENAI}.serving_chat", "OpenAIServingChat._generate_chat_stream", _A,
+         "one last chunk with the record before [DONE]",
+         ("self", "adapted_request", "request", "raw_request"), "the SSE lines"),
+)  # fmt: skip
+
+SCHEDULER = (
+    Seam(f"{_MANAGERS}.scheduler", "Scheduler.__init__", _B,
+         "builds the coordinator; checks the seams where a raise stops the server", ("self",),
+         "server_args, tokenizer, ranks, pools"),
+    Seam(f"{_MANAGERS}.scheduler", "Scheduler._add_request_to_queue", _A,
+         "admits siblings; answers those of a settled group without a prefill",
+         ("self", "req", "is_retracted"), "req.sampling_params.custom_params"),
+    Seam(f"{_MANAGERS}.scheduler", "Scheduler.abort_request", _A,
+         "a group's own rid aborts its siblings, with several tokenizer workers too",
+         ("self", "recv_req"), "recv_req.rid, abort_all"),
+    Seam(f"{_MANAGERS}.scheduler", "Scheduler.process_input_requests", _A,
+         "applies verdicts at one step on every rank", ("self", "recv_reqs"), "recv_reqs"),
+    Seam(f"{_MANAGERS}.scheduler", "Scheduler._poll_timeout_aborts", _B,
+         "rank 0's verdicts ride the request broadcast", ("self",), "the list it returns",
+         since="0.5.21"),
+    Seam(f"{_MANAGERS}.scheduler_components.request_receiver",
+         "SchedulerRequestReceiver._pull_raw_reqs", _B,
+         "rank 0's verdicts ride the request broadcast", ("self",), "the list it returns",
+         until="0.5.21"),
+    Seam(f"{_MANAGERS}.scheduler_components.batch_result_processor",
+         "SchedulerBatchResultProcessor.process_batch_result_decode", _A,
+         "the decode step: votes seen before SGLang finishes them, windows, doomed siblings",
+         ("self", "batch", "result"), "batch.reqs, result.next_token_ids, copy_done"),
+    Seam(f"{_MANAGERS}.scheduler_components.batch_result_processor",
+         "SchedulerBatchResultProcessor.process_batch_result_prefill", _A,
+         "first tokens, and decode rows of mixed batches",
+         ("self", "batch", "result"), "batch.reqs, result.next_token_ids, copy_done"),
+    Seam(f"{_MANAGERS}.scheduler_components.output_streamer",
+         "SchedulerOutputStreamer.stream_output", _A,
+         "the one door through which a sibling ends; carries choice and record",
+         ("self", "reqs", "return_logprob", "skip_req"), "req.finished(), finished_reason"),
+    Seam(f"{_MANAGERS}.scheduler_components.output_sender", "SenderWrapper.send_output", _A,
+         "the other door: siblings aborted, refused or timed out in a queue",
+         ("self", "output", "recv_obj"), "AbortReq.rid, finished_reason"),
+    Seam("sglang.srt.model_executor.model_runner", "ModelRunner.sample", _A,
+         "knows which rows are being sampled", ("self", "logits_output", "forward_batch"),
+         "forward_batch.rids"),
+    Seam("sglang.srt.layers.sampler", "Sampler._sample_from_probs", _A,
+         "sibling i of a seeded request draws from (seed, i)",
+         ("self", "probs", "sampling_info", "positions"), "probs, positions, top_ks, top_ps"),
+)  # fmt: skip
+
+
+def sglang_version() -> Version:
+    """The installed SGLang. Raises SeamError where there is none."""
+    try:
+        return Version(version("sglang"))
+    except PackageNotFoundError as error:
+        raise SeamError("deepprune needs an installed SGLang, and none was found") from error
+
+
+def is_known(sglang: Version) -> bool:
+    return Version(OLDEST) <= Version(sglang.base_version) <= Version(NEWEST)
+
+
+def rows(seams: Sequence[Seam]) -> tuple[Seam, ...]:
+    """The rows that this SGLang has."""
+    sglang = Version(sglang_version().base_version)
+    return tuple(seam for seam in seams if seam.is_in(sglang))
+
+
+def install(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]]) -> None:
+    """Register and apply rows; `hooks` maps a row's `name` to our function.
+
+    A target that another plugin has patched already is skipped by `apply_hooks`, so its row is
+    wrapped around whatever stands there now.
+    """
+    before = set(HookRegistry._patched)
+    wanted = [seam for seam in rows(seams) if not _holds(seam, hooks[seam.name])]
+    for seam in wanted:
+        HookRegistry.register(seam.target, hooks[seam.name], seam.kind)
+    HookRegistry.apply_hooks()
+    for seam in wanted:
+        if seam.target in before:
+            HookRegistry._apply_target(seam.target, [(seam.kind, hooks[seam.name], None)])
+
+
+def check(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]] | None = None) -> None:
+    """Resolve every row and compare its parameters; with `hooks`, read the rows back as well.
+
+    Raises SeamError naming the seam and the supported window.
+    """
+    for seam in rows(seams):
+        function = _resolve(seam)
+        names = tuple(inspect.signature(inspect.unwrap(function)).parameters)
+        if tuple(name for name in names if name in seam.needs) != seam.needs:
+            _refuse(seam, f"has the parameters ({', '.join(names)})")
+        if hooks is not None and not _holds(seam, hooks[seam.name]):
+            _refuse(seam, "did not take our hook")
+
+
+def loaded(seams: Sequence[Seam]) -> tuple[Seam, ...]:
+    """The rows whose module this process has imported: a role is what a process imports."""
+    return tuple(seam for seam in seams if seam.module in sys.modules)
+
+
+def _resolve(seam: Seam) -> Any:
+    try:
+        found: Any = importlib.import_module(seam.module)
+        for part in seam.name.split("."):
+            parent, found = found, inspect.getattr_static(found, part)
+    except (ImportError, AttributeError):
+        _refuse(seam, "is not there")
+    if isinstance(found, (classmethod, staticmethod)):
+        return found.__func__
+    return getattr(parent, seam.name.rsplit(".", 1)[-1])
+
+
+def _holds(seam: Seam, hook: Callable[..., Any]) -> bool:
+    """Whether the registry has our hook on this row and says that it was applied."""
+    registered = any(entry[1] is hook for entry in HookRegistry._hooks.get(seam.target, ()))
+    return registered and seam.target in HookRegistry._patched
+
+
+def _refuse(seam: Seam, what: str) -> None:
+    raise SeamError(
+        f"deepprune cannot start: {seam.target} {what} in SGLang {sglang_version()}, "
+        f"but {seam.why!r} needs ({', '.join(seam.needs)}); supported: {WINDOW}"
+    )

@@ -1,0 +1,182 @@
+"""From the command line, `--config` YAML or `Engine(...)` keywords to hooks in every process.
+
+Owns the flags, the refusals at start and the carrier. SGLang loads plugins in the main and the
+scheduler processes, but not in tokenizer workers, nor (before 0.5.23) in the detokenizer and the
+DP controller. All of them unpickle `server_args`, so our settings ride there as one object whose
+unpickling activates the plugin (`Carrier`). Follows `ServerArgs.add_cli_args`, `from_cli_args`
+and `Engine.server_args_class`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sglang_deepprune.config import ConfigError, DeepPruneConfig, dest_of, flag_of
+from sglang_deepprune.judges import check_judge
+from sglang_deepprune.patches import seams
+
+logger = logging.getLogger(__name__)
+
+ATTRIBUTE = "_deepprune"  # underscore names stay writable on every ServerArgs since 0.5.15
+_SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+_FRONT_MODULES = ("sglang.srt.entrypoints.http_server", "sglang.srt.entrypoints.engine")
+_ENGINE_MODULE = "sglang.srt.entrypoints.engine"
+
+
+class Carrier:
+    """Our settings on `server_args`; unpickling one activates the plugin in that process."""
+
+    def __init__(self, config: DeepPruneConfig):
+        self.config = config
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _restore, (dataclasses.asdict(self.config),)
+
+    def __repr__(self) -> str:
+        return f"Carrier({self.config!r})"
+
+
+def _restore(values: dict[str, Any]) -> Carrier:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    config = DeepPruneConfig(**values)
+    activate(config, everywhere=False)
+    return Carrier(config)
+
+
+def add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
+    """AFTER `ServerArgs.add_cli_args`: one flag a setting, in a group of their own."""
+    group = parser.add_argument_group("deepprune")
+    for spec in dataclasses.fields(DeepPruneConfig):
+        flag, help = flag_of(spec), spec.metadata["help"]
+        if spec.metadata["kind"] is bool:
+            group.add_argument(flag, dest=dest_of(spec), action="store_true", help=help)
+            continue
+        # Ranges are checked by the config, whose sentence names the setting and the remedy.
+        group.add_argument(
+            flag,
+            dest=dest_of(spec),
+            type=spec.metadata["kind"],
+            choices=spec.metadata["choices"],
+            default=spec.default,
+            help=f"{help} (default: {spec.default})",
+        )
+
+
+def from_cli_args(original: Callable[..., Any], cls: Any, args: argparse.Namespace) -> Any:
+    """AROUND `ServerArgs.from_cli_args`: settings ride along; a refusal is one line, exit 2."""
+    server_args = original(cls, args)
+    values = {
+        spec.name: getattr(args, dest_of(spec))
+        for spec in dataclasses.fields(DeepPruneConfig)
+        if hasattr(args, dest_of(spec))
+    }
+    try:
+        _attach(server_args, values)
+    except (ConfigError, seams.SeamError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return server_args
+
+
+class ServerArgsFactory:
+    """Stands in for `Engine.server_args_class`: takes our keywords out, calls the real one.
+
+    An instance, not a function: a function on a class would be bound to the Engine.
+    """
+
+    def __init__(self, original: Callable[..., Any]):
+        self.original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        values = {
+            spec.name: kwargs.pop(dest_of(spec))
+            for spec in dataclasses.fields(DeepPruneConfig)
+            if dest_of(spec) in kwargs
+        }
+        server_args = self.original(*args, **kwargs)
+        _attach(server_args, values)
+        return server_args
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+
+def hook_engine() -> None:
+    """`sglang.Engine(enable_deepprune=True, ...)`: effective because Engine loads plugins first."""
+    engine = sys.modules.get(_ENGINE_MODULE)
+    if engine is not None and not isinstance(engine.Engine.server_args_class, ServerArgsFactory):
+        engine.Engine.server_args_class = ServerArgsFactory(engine.Engine.server_args_class)
+
+
+def config_of(server_args: Any) -> DeepPruneConfig | None:
+    """The settings that `server_args` carries, or None where the plugin is off."""
+    carrier = getattr(server_args, ATTRIBUTE, None)
+    return carrier.config if carrier is not None and carrier.config.enable else None
+
+
+def _attach(server_args: Any, values: dict[str, Any]) -> None:
+    config = DeepPruneConfig(**values)
+    if not config.enable:
+        return
+    check_judge(config.judge)
+    refuse_unproven_modes(server_args)
+    setattr(server_args, ATTRIBUTE, Carrier(config))
+    activate(config, everywhere=True)
+
+
+def refuse_unproven_modes(server_args: Any) -> None:
+    """Raise SeamError, one sentence, for the first mode that nobody has proven with this plugin."""
+    refusals = (
+        (os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"),
+         "SGLANG_RUST_SERVER: the Rust front end has none of our Python hooks; unset it"),
+        (getattr(server_args, "disaggregation_mode", "null") not in ("null", None),
+         "--disaggregation-mode: prefill/decode disaggregation moves KV between servers"),
+        (int(getattr(server_args, "pp_size", 1) or 1) > 1,
+         "--pp-size: pipeline stages see a verdict at different steps; use 1"),
+        (bool(getattr(server_args, "dllm_algorithm", None)),
+         "--dllm-algorithm: diffusion LLMs have no decode step to stop at"),
+        (bool(getattr(server_args, "enable_streaming_session", False)),
+         "--enable-streaming-session: such sessions keep the KV row of a finished request"),
+        (bool(getattr(server_args, "skip_tokenizer_init", False)),
+         "--skip-tokenizer-init: answers are read from text, so a tokenizer is needed"),
+    )  # fmt: skip
+    for applies, sentence in refusals:
+        if applies:
+            raise seams.SeamError(f"--enable-deepprune does not work yet with {sentence}")
+
+
+_activated: list[seams.Seam] = []
+
+
+def activate(config: DeepPruneConfig, *, everywhere: bool) -> None:
+    """Check and install the seams of this process: all in the main one, else those of its role."""
+    from sglang_deepprune.patches import hooks
+
+    wanted: list[seams.Seam] = []
+    if everywhere or any(name in sys.modules for name in _FRONT_MODULES):
+        wanted += seams.rows(seams.TOKENIZER)
+    if everywhere or _SCHEDULER_MODULE in sys.modules:
+        wanted += seams.rows(seams.SCHEDULER)
+    known = seams.sglang_version()
+    if everywhere and not seams.is_known(known):
+        logger.warning(
+            "deepprune was tested with %s; this is %s. Its seams are checked now.",
+            seams.WINDOW, known,
+        )  # fmt: skip
+    seams.check(wanted)
+    seams.install(wanted, hooks.TABLE)
+    seams.check(wanted, hooks.TABLE)
+    _activated[:] = wanted
+
+
+def activated() -> tuple[seams.Seam, ...]:
+    """The rows that are installed in this process."""
+    return tuple(_activated)

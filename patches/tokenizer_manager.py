@@ -1,0 +1,211 @@
+"""Who is whose sibling: the tokenizer side of a group.
+
+An n>1 request is known here, before `TokenizerManager._handle_batch_request` fans it out; after
+that nothing on SGLang's wire links the siblings. The fan-out first sends one warm-up request a
+prompt (max_new_tokens=0), then n siblings a prompt, all through `_send_one_request`: a counter in
+a context variable tells which call is which. The warm-up is never a sibling.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import hashlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_deepprune.config import ConfigError
+from sglang_deepprune.patches import output, wire
+from sglang_deepprune.patches.server_args import config_of
+from sglang_deepprune.types import ABSENT
+
+
+@dataclass(slots=True)
+class Fan:
+    """One n>1 request while it is fanned out and answered."""
+
+    num_prompts: int
+    num_siblings: int  # a prompt
+    asks: list[wire.Ask]  # [num_prompts]
+    stem: str  # the request's own rid, "" when the server made it up
+    group_ids: list[str] = field(default_factory=list)
+    rids: list[str] = field(default_factory=list)  # siblings that were sent
+    num_calls: int = 0
+    is_done: bool = False
+
+    def next_tag(self, rid: str) -> dict[str, Any] | None:
+        """The tag of the request that is being sent now; None for warm-ups and opted-out ones."""
+        call, self.num_calls = self.num_calls, self.num_calls + 1
+        if call < self.num_prompts:
+            return None
+        prompt, index = divmod(call - self.num_prompts, self.num_siblings)
+        self.is_done = call + 1 == self.num_prompts * (self.num_siblings + 1)
+        self.rids.append(rid)
+        ask = self.asks[prompt]
+        if not ask.is_wanted:
+            return None
+        return wire.tag(
+            self.group_ids[prompt], index, self.num_siblings, ask.settings, rid=self.stem
+        )
+
+
+_FAN: contextvars.ContextVar[Fan | None] = contextvars.ContextVar("deepprune_fan", default=None)
+_BY_STEM: dict[str, Fan] = {}  # the user's rid of an n>1 request -> its fan
+
+
+def handle_batch_request(
+    original: Callable[..., Any], self: Any, obj: Any, request: Any = None, *rest: Any
+) -> Any:
+    """AROUND `_handle_batch_request`: plain requests pass untouched."""
+    fan = _fan_of(self, obj)
+    if fan is None:
+        return original(self, obj, request, *rest)
+    return _serve(original, self, obj, request, rest, fan)
+
+
+async def _serve(
+    original: Callable[..., Any], self: Any, obj: Any, request: Any, rest: Any, fan: Fan
+) -> AsyncIterator[Any]:
+    _FAN.set(fan)
+    if fan.stem:
+        _BY_STEM[fan.stem] = fan
+    shape = output.Reply(fan.num_siblings, fan.asks)
+    responses = original(self, obj, request, *rest)
+    try:
+        async for response in responses:
+            if isinstance(response, list):
+                yield shape.whole(response, obj)
+            else:
+                for piece in shape.piece(response, obj):
+                    yield piece
+    finally:
+        # A later n=1 call in the same task must not be taken for a sibling.
+        fan.is_done = True
+        if _BY_STEM.get(fan.stem) is fan:
+            del _BY_STEM[fan.stem]
+        # Before 0.5.21 SGLang does not abort the siblings of a client that has left.
+        for rid in fan.rids:
+            if rid in self.rid_to_state:
+                self.abort_request(rid)
+        await responses.aclose()
+
+
+def _fan_of(self: Any, obj: Any) -> Fan | None:
+    """The fan of an n>1 generation request of which something is wanted. May raise ConfigError."""
+    config = config_of(self.server_args)
+    size = getattr(obj, "parallel_sample_num", 1) or 1
+    if config is None or size <= 1:
+        return None
+    params = obj.sampling_params
+    # SGLang has made bs * n entries of them by now, and reads the first bs.
+    each = params[: obj.batch_size] if isinstance(params, list) else [params] * obj.batch_size
+    asks = [wire.read_ask(config, (one or {}).get("custom_params")) for one in each]
+    for index, (ask, one) in enumerate(zip(asks, each, strict=True)):
+        if ask.group:
+            raise ConfigError("group", "an n>1 request is a group of its own; send n=1 requests")
+        if not ask.is_explicit and ((one or {}).get("ignore_eos") or _is_session(obj)):
+            # A benchmark that forces lengths, or a session, is pruned only when it asks for it.
+            asks[index] = wire.Ask(is_wanted=False, is_explicit=False)
+    if not any(ask.is_wanted or ask.is_explicit for ask in asks):
+        return None
+    if size > wire.MOST_SIBLINGS:
+        raise ConfigError("n", f"at most {wire.MOST_SIBLINGS} siblings a group, got {size}")
+    fan = Fan(obj.batch_size, size, asks, _stem_of(obj.rid))
+    fan.group_ids = [uuid.uuid4().hex for _ in range(obj.batch_size)]
+    return fan
+
+
+def _is_session(obj: Any) -> bool:
+    return getattr(obj, "session_params", None) is not None
+
+
+def _stem_of(rids: Any) -> str:
+    """The rid that the user gave: SGLang has made `rid_0`, `rid_1`, ... of it by now."""
+    if not isinstance(rids, list) or not rids:
+        return rids if isinstance(rids, str) else ""
+    stem, _, tail = str(rids[0]).rpartition("_")
+    return stem if tail == "0" else str(rids[0])
+
+
+def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any) -> Any:
+    """AROUND `_send_one_request` (sync before 0.5.21, a coroutine since): tag, then pass on."""
+    params = getattr(tokenized_obj, "sampling_params", None)
+    if params is not None and config_of(self.server_args) is not None:
+        fan = _FAN.get()
+        if fan is not None and not fan.is_done:
+            tagged = fan.next_tag(tokenized_obj.rid)
+        else:
+            tagged = _client_side_tag(self, tokenized_obj)
+        custom = getattr(params, "custom_params", None)
+        if tagged is not None or (custom and wire.KEY in custom):
+            # The n siblings share one SamplingParams object in this process: tag a copy.
+            tokenized_obj.sampling_params = params = copy.copy(params)
+            params.custom_params = wire.with_tag(custom, tagged)
+    return original(self, tokenized_obj)
+
+
+def _client_side_tag(self: Any, tokenized_obj: Any) -> dict[str, Any] | None:
+    """The tag of a single request that names a group of its own, or None."""
+    custom = getattr(tokenized_obj.sampling_params, "custom_params", None)
+    if not custom or wire.KEY not in custom:
+        return None
+    config = config_of(self.server_args)
+    assert config is not None
+    ask = wire.read_ask(config, custom)
+    if not ask.group or not ask.is_wanted:
+        return None
+    return wire.tag(_scoped(ask, tokenized_obj), ABSENT, ask.size, ask.settings)
+
+
+def _scoped(ask: wire.Ask, tokenized_obj: Any) -> str:
+    """A group id that only equal work can share: the client's string scoped by prompt, sampling
+    settings and cache namespace, so that a guessed name alone joins nobody's group."""
+    params = tokenized_obj.sampling_params
+    names = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop_strs")
+    parts = [
+        ask.group,
+        ask.size,
+        sorted(ask.settings.items()),
+        list(tokenized_obj.input_ids or ()),
+        [repr(getattr(params, name, None)) for name in names],
+        repr(getattr(tokenized_obj, "cache_salt", None)),
+        repr(getattr(tokenized_obj, "extra_key", None)),
+        repr(getattr(tokenized_obj, "lora_id", None)),
+    ]
+    return "c" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:31]
+
+
+def wait_one_response(
+    original: Callable[..., Any], self: Any, obj: Any, request: Any = None
+) -> Any:
+    """AROUND `_wait_one_response`: our record leaves the finish reason for `meta_info`."""
+    # Called at once: since 0.5.19 the original takes hold of the request's state here.
+    return _unwrapped(original(self, obj, request), obj)
+
+
+async def _unwrapped(responses: Any, obj: Any) -> AsyncIterator[Any]:
+    try:
+        async for response in responses:
+            meta = response.get("meta_info") if isinstance(response, dict) else None
+            reason = meta.get("finish_reason") if meta else None
+            if isinstance(reason, dict) and wire.KEY in reason:
+                output.unpack(meta, reason, obj)
+            yield response
+    finally:
+        await responses.aclose()
+
+
+def abort_request(
+    original: Callable[..., Any], self: Any, rid: str = "", abort_all: bool = False
+) -> Any:
+    """AROUND `abort_request`: the rid of an n>1 request aborts its siblings and nobody else's."""
+    fan = _BY_STEM.get(rid) if rid and not abort_all else None
+    if fan is None:
+        return original(self, rid, abort_all)
+    for sibling in list(fan.rids):
+        if sibling in self.rid_to_state:
+            original(self, sibling, False)
+    return None

@@ -1,0 +1,78 @@
+"""What a sibling carries from the tokenizer side to the scheduler, and back on its finish reason.
+
+Down: `sampling_params.custom_params["__deepprune"]`, a dict of scalars, because that is what
+SGLang's typed msgpack wire lets through in every version, on every endpoint. Up: one JSON string
+under `KEY` in the finish reason's `to_json()`, typed `Dict[str, str | int | list[int]]` since
+0.5.15, which also survives streaming, retraction and several tokenizer workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_deepprune.config import ConfigError, DeepPruneConfig
+
+TAG = "__deepprune"  # ours, on the wire
+KEY = "deepprune"  # the users': request settings, and the reply's extension
+MOST_SIBLINGS = 4096
+
+_IDENTITY = ("gid", "index", "size", "rid")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What one request says under `custom_params.deepprune`."""
+
+    is_wanted: bool
+    is_explicit: bool
+    settings: dict[str, Any] = field(default_factory=dict)  # as the user wrote them, checked
+    group: str = ""
+    size: int = 0
+    returns: str = "all"
+
+
+def read_ask(config: DeepPruneConfig, custom_params: Mapping[str, Any] | None) -> Ask:
+    """Check a request's settings. Raises ConfigError naming the field (a 400 for the client)."""
+    asked = (custom_params or {}).get(KEY)
+    if asked is None:
+        return Ask(is_wanted=config.default == "on", is_explicit=False, returns=config.returns)
+    if isinstance(asked, bool):
+        return Ask(is_wanted=asked, is_explicit=True, returns=config.returns)
+    if not isinstance(asked, Mapping):
+        raise ConfigError("custom_params", f"expected an object or true/false, got {asked!r}")
+    settings = dict(asked)
+    enabled = settings.pop("enabled", True)
+    if not isinstance(enabled, bool):
+        raise ConfigError("enabled", f"expected true or false, got {enabled!r}")
+    group = settings.pop("group", "")
+    if not isinstance(group, str) or len(group) > 256:
+        raise ConfigError("group", "expected a text of at most 256 characters")
+    size = settings.pop("size", 0)
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_SIBLINGS:
+        raise ConfigError("size", f"expected 0 (open-ended) to {MOST_SIBLINGS}, got {size!r}")
+    if size and not group:
+        raise ConfigError("size", "names the members of a `group`; an n>1 request has n of them")
+    merged = config.override(settings)
+    return Ask(enabled, True, settings, group, size, merged.returns)
+
+
+def tag(
+    group_id: str, index: int, size: int, settings: Mapping[str, Any], rid: str = ""
+) -> dict[str, Any]:
+    """The wire form of one sibling's key and settings."""
+    return {"gid": group_id, "index": index, "size": size, "rid": rid, **settings}
+
+
+def settings_of(tagged: Mapping[str, Any]) -> dict[str, Any]:
+    """The request's settings out of a tag."""
+    return {name: value for name, value in tagged.items() if name not in _IDENTITY}
+
+
+def with_tag(custom_params: Mapping[str, Any] | None, tagged: dict[str, Any] | None) -> Any:
+    """The caller's own keys untouched, ours replaced by the tag; None where nothing is left."""
+    kept = {name: value for name, value in (custom_params or {}).items() if name not in (KEY, TAG)}
+    if tagged is not None:
+        kept[TAG] = tagged
+    return kept or None

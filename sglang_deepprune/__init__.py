@@ -1,0 +1,3 @@
+"""DeepPrune inside a real SGLang server: sample many, stop what is redundant, vote once."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,246 @@
+"""Every setting, once: one field is one server flag, one docs row and, where its scope allows, one
+request override under `custom_params.deepprune`.
+
+Owns names, ranges and error sentences. Nothing else parses settings. A request can never name a
+path, a URL or a judge's code: those fields have the scope `server`. Presets follow the measured
+table of docs/design.md; a preset fills only fields that the caller left unset (None).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+PRESETS = ("paper", "latency", "collect")
+CUTS = ("tokens", "words")
+RETURNS = ("all", "survivors", "vote")
+FLAG_PREFIX = "deepprune"
+
+Scope = Literal["server", "request", "wire"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: names the field, what was wrong and what is allowed."""
+
+    def __init__(self, name: str, reason: str):
+        self.field = name
+        self.reason = reason
+        super().__init__(f"deepprune.{name}: {reason}")
+
+
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    scope: Scope = "request",
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    kind: type = str,
+    key: str | None = None,
+) -> Any:
+    """One field with what flags, docs and checks need to know about it."""
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "scope": scope,
+            "choices": choices,
+            "low": low,
+            "high": high,
+            "kind": kind,
+            "key": key,
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DeepPruneConfig:
+    """Settings of a server, or of one request after `override`. None means: the preset decides."""
+
+    enable: bool = _setting(
+        False, "Group the siblings of n>1 requests, stop redundant ones, vote.", scope="server",
+        kind=bool,
+    )  # fmt: skip
+    default: str = _setting(
+        "on", "Which n>1 requests are groups: all ('on'), or those that ask for it ('opt-in').",
+        scope="server", choices=("on", "opt-in"),
+    )  # fmt: skip
+    preset: str = _setting(
+        "latency", "Named policy: see the presets table.", choices=PRESETS
+    )
+    window: int = _setting(
+        32, "W: decode steps between two looks at a group (paper, section 4.2).",
+        low=1, high=4096, kind=int,
+    )  # fmt: skip
+    cut: str | None = _setting(
+        None, "What a judge reads of a trace: its first reasoning 'words', or its first 'tokens'. "
+        "Preset `paper`: words; the others: tokens.", choices=CUTS,
+    )  # fmt: skip
+    cut_words: int = _setting(
+        25, "k: reasoning words that end the cut 'words'.", low=1, high=1000, kind=int
+    )
+    cut_tokens: int = _setting(
+        500, "k: tokens that end the cut 'tokens'.", low=1, high=131072, kind=int
+    )
+    cut_max_tokens: int = _setting(
+        4096, "Bound on the cut 'words' for traces that hold few reasoning words.",
+        low=1, high=131072, kind=int,
+    )  # fmt: skip
+    reasoning_words: str = _setting(
+        "", "Comma-separated reasoning words to count beside the built-in list.", scope="server"
+    )
+    tau: float = _setting(
+        0.5, "Similarity above which a trace joins a cluster.", low=0.0, high=1.0, kind=float
+    )
+    k: int = _setting(32, "K: most clusters of a group.", low=1, high=4096, kind=int)
+    k1: int = _setting(10, "K1: members drawn for sim(t_i, c_j).", low=1, high=4096, kind=int)
+    k2: int = _setting(
+        20, "K2: traces of the largest cluster that run to their end; 0: min(20, ceil(n/4)).",
+        low=0, high=4096, kind=int,
+    )  # fmt: skip
+    k3: int = _setting(
+        0, "K3: traces that run on when all clusters are singletons; 0: as K2.",
+        low=0, high=4096, kind=int,
+    )  # fmt: skip
+    eps: float = _setting(
+        0.05, "Chance of another winner below which a vote counts as decided.",
+        low=0.0, high=0.5, kind=float,
+    )  # fmt: skip
+    min_votes: int = _setting(
+        3, "Finished siblings before a vote can be decided.", low=1, high=4096, kind=int
+    )
+    judge: str = _setting(
+        "similarity", "Judge of trace pairs, NAME[:PATH]: similarity, encoder[:PATH], "
+        "oracle:PATH, none.", scope="server",
+    )  # fmt: skip
+    judge_deadline_ms: int = _setting(
+        2000, "Milliseconds a judge has for one batch; then it gives no verdict and is restarted.",
+        scope="server", low=1, high=600_000, kind=int,
+    )  # fmt: skip
+    group_timeout_s: float = _setting(
+        60.0, "Seconds after which a client-side group stops waiting for further members.",
+        scope="server", low=0.1, high=86_400.0, kind=float,
+    )  # fmt: skip
+    seed: int = _setting(
+        0, "Seed of the members drawn for sim(t_i, c_j).", low=0, high=2**31 - 1, kind=int
+    )
+    answer_field: str = _setting(
+        "", "JSON field that holds the answer of a structured output.", kind=str
+    )
+    returns: str = _setting(
+        "all", "Choices that come back: all, those that finished, or the vote's winner alone.",
+        choices=RETURNS, key="return",
+    )  # fmt: skip
+    log_steps: bool = _setting(
+        False, "Log the time spent in hooks and the pool's numbers at each verdict.",
+        scope="server", kind=bool,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if value is not None:
+                object.__setattr__(self, spec.name, _checked(spec, value))
+
+    @property
+    def cut_kind(self) -> str:
+        """'words' or 'tokens', after the preset had its say."""
+        return self.cut or ("words" if self.preset == "paper" else "tokens")
+
+    @property
+    def stops_when_decided(self) -> bool:
+        return self.preset == "latency"
+
+    @property
+    def prunes_by_judge(self) -> bool:
+        """`paper` always lets the judge prune; no other preset does before a card allows it."""
+        return self.preset == "paper"
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether traces are handed to a judge at all."""
+        return self.judge != "none" and self.preset != "collect"
+
+    def kept_of_largest(self, size: int) -> int:
+        """K2 for a group of `size` siblings."""
+        return self.k2 or min(20, math.ceil(size / 4))
+
+    def kept_of_singletons(self, size: int) -> int:
+        """K3; the paper gives no value, so K2."""
+        return self.k3 or self.kept_of_largest(size)
+
+    def override(self, settings: Mapping[str, Any]) -> DeepPruneConfig:
+        """This config with a request's settings. Raises ConfigError naming the field."""
+        known = request_fields()
+        changes: dict[str, Any] = {}
+        for name, value in settings.items():
+            if name not in known:
+                server = {key_of(f) for f in fields(self)}
+                why = "can only be set at server start" if name in server else "unknown setting"
+                raise ConfigError(name, f"{why}; a request may set {', '.join(sorted(known))}")
+            changes[known[name].name] = value
+        return dataclasses.replace(self, **changes)
+
+    def request_values(self) -> dict[str, Any]:
+        """The request-scope settings as scalars, for the wire; unset ones are left out."""
+        return {
+            key: getattr(self, spec.name)
+            for key, spec in request_fields().items()
+            if getattr(self, spec.name) is not None
+        }
+
+
+def key_of(spec: dataclasses.Field[Any]) -> str:
+    """The name that users write for a field."""
+    return spec.metadata["key"] or spec.name
+
+
+def request_fields() -> dict[str, dataclasses.Field[Any]]:
+    """User-facing name -> field, for the settings that a request may override."""
+    return {
+        key_of(spec): spec
+        for spec in fields(DeepPruneConfig)
+        if spec.metadata["scope"] == "request"
+    }
+
+
+def flag_of(spec: dataclasses.Field[Any]) -> str:
+    """The command line flag of a field."""
+    name = key_of(spec).replace("_", "-")
+    return f"--{name}-{FLAG_PREFIX}" if spec.name == "enable" else f"--{FLAG_PREFIX}-{name}"
+
+
+def dest_of(spec: dataclasses.Field[Any]) -> str:
+    """The argparse destination, which is also the YAML key and the Engine keyword."""
+    return flag_of(spec)[2:].replace("-", "_")
+
+
+def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
+    """The value in its field's type, or ConfigError."""
+    kind, name = spec.metadata["kind"], key_of(spec)
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(name, f"expected true or false, got {value!r}")
+        return value
+    if kind is int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(name, f"expected a whole number, got {value!r}")
+    elif kind is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+            raise ConfigError(name, f"expected a number, got {value!r}")
+        value = float(value)
+    elif not isinstance(value, str):
+        raise ConfigError(name, f"expected a text, got {value!r}")
+    choices = spec.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(name, f"expected one of {', '.join(choices)}, got {value!r}")
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    if low is not None and not low <= value <= high:
+        raise ConfigError(name, f"expected {low:g} to {high:g}, got {value!r}")
+    return value

@@ -1,0 +1,338 @@
+"""The one object the engine side holds: admit, observe, vote, poll, apply, retire.
+
+Owns every group from its first sibling to its record, and takes the vote, once. It knows no engine:
+it is told what happened and answers with `Stop`s. Nothing here blocks. The halves are apart, as in
+SGLang's beam search: what all ranks see (tokens, aborts) is acted on by all ranks alike; what rests
+on a clock, a judge or the answer fence is gathered by the leader in `poll`, broadcast by the engine
+and acted on in `apply`, so that every rank decides the same at the same step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_deepprune import policy
+from sglang_deepprune.answers import Fence, extract
+from sglang_deepprune.config import DeepPruneConfig
+from sglang_deepprune.group import Group, Sibling, State
+from sglang_deepprune.judging import JudgeWorker
+from sglang_deepprune.record import choice_of, record_of
+from sglang_deepprune.truncation import Cut, make_cut
+from sglang_deepprune.types import (
+    ABSENT,
+    ChoiceRecord,
+    Close,
+    FenceResult,
+    GroupRecord,
+    JudgeResult,
+    JudgeTask,
+    Trace,
+)
+from sglang_deepprune.voting import Ballot, Question
+
+logger = logging.getLogger(__name__)
+
+Command = JudgeResult | FenceResult | Close
+ANSWER_TAIL_TOKENS = 2048  # an answer stands at a trace's end; decoding more would cost a step
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End this sibling now; `state` is what it will be called."""
+
+    group_id: str
+    index: int
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """What a sibling's last output carries. `is_pending`: hold it until the vote is counted."""
+
+    choice: ChoiceRecord
+    group: GroupRecord | None = None
+    is_pending: bool = False
+
+
+@dataclass(slots=True)
+class Run:
+    """A group and what the coordinator needs around it."""
+
+    group: Group
+    max_new_tokens: int
+    is_client_side: bool = False
+    cuts: dict[int, Cut] = field(default_factory=dict)
+    traces: dict[int, Trace] = field(default_factory=dict)  # truncated, one a judged sibling
+    in_flight: frozenset[int] = frozenset()  # siblings of the task that the judge has now
+    num_questions: int = 0  # open at the fence
+    touched_s: float = 0.0
+
+
+class Coordinator:
+    """All live groups of one scheduler process."""
+
+    def __init__(
+        self,
+        config: DeepPruneConfig,
+        decode: Callable[[Sequence[int]], str],
+        *,
+        judge: JudgeWorker | None = None,
+        fence: Fence | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.config = config
+        self.decode = decode
+        self.judge = judge  # the leader's only
+        self.fence = fence  # the leader's only
+        self.clock = clock
+        self.runs: dict[str, Run] = {}
+        self._epoch = 0
+        self._asked: dict[int, FenceResult] = {}  # fence ticket -> the question, unanswered
+
+    @property
+    def is_idle(self) -> bool:
+        """No group lives: every hook returns at once."""
+        return not self.runs
+
+    def admit(
+        self, group_id: str, index: int, size: int, settings: Mapping[str, Any], max_new_tokens: int
+    ) -> tuple[int, State | None]:
+        """A sibling arrives. Returns its index, and an end state when it need not start at all."""
+        run = self.runs.get(group_id)
+        if run is None:
+            run = self._open(group_id, index, size, settings, max_new_tokens)
+        group = run.group
+        if index == ABSENT:
+            taken = [i for i, s in group.siblings.items() if s.state is not State.EXPECTED]
+            index = max(taken, default=-1) + 1
+        run.touched_s = self.clock()
+        sibling = group.siblings.setdefault(index, Sibling(index))
+        if sibling.state is State.EXPECTED:
+            sibling.state = State.QUEUED
+        if sibling.doom is not None or group.is_decided:
+            sibling.doom = State.NOT_STARTED
+            return index, State.NOT_STARTED
+        return index, None
+
+    def _open(
+        self, group_id: str, index: int, size: int, settings: Mapping[str, Any], max_tokens: int
+    ) -> Run:
+        self._epoch += 1
+        group = Group(group_id, size, self.config.override(settings), epoch=self._epoch)
+        group.is_closed = size > 0
+        run = Run(group, max_tokens, is_client_side=index == ABSENT)
+        self.runs[group_id] = run
+        return run
+
+    def observe(self, outputs: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
+        """One decode step: {group: {sibling: its output ids}}. Every W steps, hand to the judge."""
+        for group_id, siblings in outputs.items():
+            run = self.runs.get(group_id)
+            if run is None:
+                continue
+            group = run.group
+            group.steps += 1
+            for index in siblings:
+                sibling = group.siblings[index]
+                if sibling.state is State.QUEUED:
+                    sibling.state = State.RUNNING
+            if group.steps % group.config.window == 0 and group.config.is_judged:
+                self._look(run, siblings)
+
+    def vote(self, group_id: str, index: int, output_ids: Sequence[int], is_cut: bool) -> list[Stop]:
+        """A sibling has reached its natural end: its ballot, and what follows from it."""
+        run = self.runs.get(group_id)
+        if run is None or run.group.siblings[index].has_voted:
+            return []
+        sibling, group = run.group.siblings[index], run.group
+        sibling.doom = None
+        sibling.num_tokens = len(output_ids)
+        text = self.decode(output_ids[-ANSWER_TAIL_TOKENS:])
+        found = extract(text, is_cut=is_cut, json_field=group.config.answer_field or None)
+        sibling.answer = found.answer if found else None
+        sibling.has_voted = True
+        if group.config.is_judged and not sibling.is_submitted:
+            self._keep_trace(run, index, output_ids, is_end=True)
+        self._ask(run, group.tally.add(Ballot(sibling.answer, index)))
+        return self._replan(run)
+
+    def apply(self, command: Command) -> list[Stop]:
+        """A verdict of the leader, on every rank at the same step. Late ones are dropped."""
+        run = self.runs.get(command.group_id)
+        if run is None or run.group.epoch != command.epoch:
+            return []
+        if isinstance(command, Close):
+            run.group.is_closed = True
+        elif isinstance(command, FenceResult):
+            run.num_questions -= 1
+            run.group.tally.resolve(
+                Question(command.left_class, command.right_class, command.left, command.right),
+                command.is_same,
+            )
+        else:
+            self._place(run, command)
+        return self._replan(run)
+
+    def poll(self) -> list[Command]:
+        """Leader only: what judge, fence and clock have to say by now. Never blocks."""
+        commands: list[Command] = []
+        if self.judge is not None:
+            commands += self.judge.poll()
+        if self.fence is not None and self._asked:
+            for ticket, is_same in self.fence.poll():
+                asked = self._asked.pop(ticket, None)
+                if asked is not None:
+                    commands.append(asked.answered(is_same))
+        for group_id, run in self.runs.items():
+            if not run.group.is_closed:
+                if self.clock() - run.touched_s > self.config.group_timeout_s:
+                    commands.append(Close(group_id, run.group.epoch))
+        return commands
+
+    def retire(self, group_id: str, index: int, state: State, num_tokens: int) -> Retired | None:
+        """A sibling has ended, exactly once. The last one brings the group's record."""
+        run = self.runs.get(group_id)
+        if run is None or run.group.siblings[index].state.is_end:
+            return None
+        group = run.group
+        sibling = group.siblings[index]
+        sibling.state, sibling.doom, sibling.num_tokens = state, None, num_tokens
+        run.cuts.pop(index, None)
+        is_over = group.is_over and (group.is_closed or not run.is_client_side)
+        if is_over and run.num_questions and not run.is_client_side:
+            return Retired(choice_of(sibling), is_pending=True)
+        record = None
+        if is_over or run.is_client_side:
+            record = record_of(run.group, run.max_new_tokens, is_settled=is_over)
+        retired = Retired(choice_of(sibling), record)
+        if is_over:
+            self.forget(group_id)
+        return retired
+
+    def settle(self, group_id: str) -> GroupRecord | None:
+        """The record of a group whose last output was held, once its vote is counted."""
+        run = self.runs.get(group_id)
+        if run is None or run.num_questions or not run.group.is_over:
+            return None
+        record = record_of(run.group, run.max_new_tokens, is_settled=True)
+        self.forget(group_id)
+        return record
+
+    def lost(self, group_id: str) -> list[Stop]:
+        """Siblings were aborted: fewer may still vote, which can decide it."""
+        run = self.runs.get(group_id)
+        return self._replan(run) if run is not None else []
+
+    def release(self, group_id: str, reason: str) -> None:
+        """A fault of ours: the group runs on as plain sampling would."""
+        run = self.runs.get(group_id)
+        if run is not None:
+            run.group.is_released, run.group.reason = True, reason
+            for sibling in run.group.siblings.values():
+                if not sibling.state.is_end:
+                    sibling.doom = None
+
+    def revive(self, group_id: str, index: int) -> None:
+        """A doomed sibling ends by itself in the very step that would have stopped it."""
+        sibling = self.runs[group_id].group.siblings[index]
+        sibling.doom, sibling.pruned_at = None, None
+
+    def forget(self, group_id: str) -> None:
+        self.runs.pop(group_id, None)
+        if self.judge is not None:
+            self.judge.drop(group_id)
+
+    def _look(self, run: Run, outputs: Mapping[int, Sequence[int]]) -> None:
+        """Cut what has become long enough, and hand it over unless the judge is at it already."""
+        group = run.group
+        for index, output_ids in outputs.items():
+            sibling = group.siblings[index]
+            if sibling.is_live and not sibling.is_submitted and index not in run.traces:
+                sibling.num_tokens = len(output_ids)
+                self._keep_trace(run, index, output_ids, is_end=False)
+        fresh = [i for i in sorted(run.traces) if not group.siblings[i].is_submitted]
+        if not fresh or run.in_flight or group.is_decided or group.is_released:
+            return
+        placed = [run.traces[index] for cluster in group.clusters for index in cluster]
+        task = JudgeTask(
+            group_id=group.group_id,
+            epoch=group.epoch,
+            traces=tuple(run.traces[index] for index in fresh),
+            members=tuple(placed),
+            clusters=tuple(tuple(cluster) for cluster in group.clusters),
+            tau=group.config.tau,
+            max_clusters=group.config.k,
+            num_compared=group.config.k1,
+            seed=group.config.seed,
+        )
+        for index in fresh:
+            group.siblings[index].is_submitted = True
+        run.in_flight = frozenset(fresh)
+        group.windows += 1
+        if self.judge is not None:
+            self.judge.submit(task)
+
+    def _keep_trace(self, run: Run, index: int, output_ids: Sequence[int], is_end: bool) -> None:
+        cut = run.cuts.get(index)
+        if cut is None:
+            cut = run.cuts[index] = make_cut(run.group.config, self.decode)
+        point = cut.advance(output_ids)
+        if point is None and is_end:
+            point = cut.end(output_ids)
+        if point is not None:
+            text = cut.text(output_ids, point)
+            answer = run.group.siblings[index].answer if is_end else None
+            run.traces[index] = Trace(index, text, point.num_tokens, point.kind, answer)
+
+    def _place(self, run: Run, result: JudgeResult) -> None:
+        group = run.group
+        run.in_flight = frozenset()
+        group.judge_calls += result.num_pairs
+        group.judge_tokens += result.num_tokens
+        group.judge_ms += result.elapsed_ms
+        for one in result.assignments:
+            sibling = group.siblings[one.sibling]
+            known = one.similarity == one.similarity  # not NaN
+            sibling.similarity = one.similarity if known else None
+            sibling.cluster = one.cluster
+            sibling.has_verdict = known or one.cluster != ABSENT
+            if one.cluster == len(group.clusters):
+                group.clusters.append([])
+            if one.cluster != ABSENT:
+                group.clusters[one.cluster].append(one.sibling)
+
+    def _ask(self, run: Run, questions: Sequence[Question]) -> None:
+        for question in questions:
+            run.num_questions += 1
+            if self.fence is not None:
+                ticket = self.fence.ask(question.left, question.right)
+                self._asked[ticket] = FenceResult.of(run.group, question)
+
+    def _replan(self, run: Run) -> list[Stop]:
+        """Ask the policy, and doom whom it names."""
+        group = run.group
+        if group.is_released:
+            return []
+        plan = policy.plan(group, in_flight=run.in_flight)
+        if plan.reason == policy.OPEN_ENDED:
+            group.is_released = True
+        if plan.decided:
+            group.is_decided = True
+        if plan.reason and (plan.stop or plan.decided or group.is_released):
+            group.reason = plan.reason
+        end = State.DECIDED if plan.decided else State.PRUNED
+        stops = []
+        for index in plan.stop:
+            sibling = group.siblings[index]
+            if not sibling.is_live:
+                continue
+            is_started = sibling.state is State.RUNNING
+            sibling.doom = end if is_started else State.NOT_STARTED
+            sibling.pruned_at = sibling.num_tokens if is_started else None
+            if sibling.state is not State.EXPECTED:
+                stops.append(Stop(group.group_id, index, sibling.doom))
+        return stops

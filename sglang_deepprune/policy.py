@@ -1,0 +1,221 @@
+"""Whom to stop: pure functions from a group's state to a Plan, shared by engine, tests and studies.
+
+Two rules. The decided vote (`plan_decided`): nothing that still runs is likely to change the
+winner. The paper's pruning (`plan_deepprune`, section 4.2 of DeepPrune): siblings that a judge
+found to reach the same answer are redundant, K2 of the largest cluster run on and vote. The paper
+stops every trace that joins a cluster and yet wants K2 of them finished for the vote; online that
+means: the first K2 of a cluster run on (they are the furthest along, so the vote comes soonest)
+and whoever joins later stops at once.
+
+No rule stops the last sibling that could still bring an answer, or one that the judge was asked
+about and had no verdict on. Nothing here changes the group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from sglang_deepprune.group import Group, Sibling, State
+from sglang_deepprune.types import ABSENT, Plan
+
+OPEN_ENDED = "open-ended: the first 3 finished siblings hold no answer"
+OPEN_ENDED_VOTES = 3
+UNKNOWN_MEMBERS = 512  # siblings that a client-side group may still get while it is not closed
+
+
+def plan(group: Group, in_flight: frozenset[int] = frozenset()) -> Plan:
+    """What the group's preset wants now. `in_flight`: siblings that the judge has at this moment.
+
+    `reason == OPEN_ENDED`: nothing is stopped, and the group is to be released.
+    """
+    config = group.config
+    if group.is_released or config.preset == "collect":
+        return Plan()
+    if group.is_decided:
+        return Plan(_indices(_running(group)), decided=True, reason=group.reason or "decided")
+    if is_open_ended(group):
+        return Plan(reason=OPEN_ENDED)
+    if config.stops_when_decided:
+        settled = plan_decided(group)
+        if settled.decided:
+            return settled
+    return plan_deepprune(group, in_flight) if config.prunes_by_judge else Plan()
+
+
+def chance_of_overtake(a: int, b: int, remaining_scaled: int) -> float:
+    """P(the runner-up ends ahead), when `remaining_scaled` more votes go to one of the two.
+
+    The leader's share of them is Beta-binomial(remaining_scaled, a + 1, b + 1). A tie is not ahead.
+    """
+    r = remaining_scaled
+    # b + (r - x) > a + x, for x votes of the leader
+    last = math.ceil((r + b - a) / 2) - 1
+    norm = _log_beta(a + 1, b + 1)
+    terms = (
+        math.exp(_log_choose(r, x) + _log_beta(x + a + 1, r - x + b + 1) - norm)
+        for x in range(min(last, r) + 1)
+    )
+    return min(1.0, math.fsum(terms))
+
+
+def decided(
+    a: int, b: int, votes_in: int, remaining: int, eps: float, min_votes: int = OPEN_ENDED_VOTES
+) -> bool:
+    """Whether the vote's winner is settled: another one has a chance below eps.
+
+    `a`, `b`: votes of leader and runner-up; `votes_in`: ballots, abstentions included;
+    `remaining`: siblings that may still vote. The share of these that is expected to go to one of
+    the two is (a + b + 1) / (votes_in + 1); the rest scatters or abstains.
+    """
+    if a == 0 or (votes_in < min_votes and remaining > 0):
+        return False  # without a vote there is no winner to settle
+    # Whole numbers: rounding in floats could turn an exact quotient into the next number.
+    scaled = -(-remaining * (a + b + 1) // (votes_in + 1))
+    return chance_of_overtake(a, b, min(scaled, remaining)) < eps
+
+
+def top_votes(group: Group) -> tuple[int, int]:
+    """Votes of the leader and of the runner-up; 0 where there is none.
+
+    While the answer fence still has to say whether some answers are the same, all the others count
+    as one runner-up: they may turn out to be.
+    """
+    votes = sorted((len(count.siblings) for count in group.tally.counts()), reverse=True)
+    first, *others = votes or [0]
+    return first, max(others, default=0) if group.tally.is_settled else sum(others)
+
+
+def num_remaining(group: Group) -> int:
+    """Siblings that may still vote; many, while a client-side group may get further members."""
+    known = sum(_may_vote(sibling) for sibling in group.siblings.values())
+    return known if _is_complete(group) else max(known, UNKNOWN_MEMBERS)
+
+
+def plan_decided(group: Group) -> Plan:
+    """Stop everybody once the vote is decided. With nobody left it is counted, not decided."""
+    (a, b), k, remaining = top_votes(group), group.num_voted, num_remaining(group)
+    config = group.config
+    if remaining == 0 or not decided(a, b, k, remaining, config.eps, config.min_votes):
+        return Plan()
+    reason = f"decided: {a}:{b} of {k} votes, at most {remaining} to come"
+    return Plan(_indices(_running(group)), decided=True, reason=reason)
+
+
+def is_open_ended(group: Group) -> bool:
+    """The first finishers hold no answer: a poem, a chat. There is nothing to vote on."""
+    ballots = [sibling.answer for sibling in group.siblings.values() if sibling.has_voted]
+    return len(ballots) >= OPEN_ENDED_VOTES and all(answer is None for answer in ballots)
+
+
+def plan_deepprune(group: Group, in_flight: frozenset[int] = frozenset()) -> Plan:
+    """The paper's rule, online.
+
+    While clusters form, whoever joins a cluster that has its K2 stops: it could never be kept. Once
+    the largest cluster is final (nobody is left to be placed, or no other could overtake it even
+    with all of these), min(|c|, K2) of it run on and the rest stops, queued siblings too. When
+    nothing matched anything, K3 run on: the first ones that were placed.
+    """
+    keep, reason = _final_choice(group, in_flight)
+    if reason:
+        # A keep list that cannot bring an answer any more has no right to stop the others.
+        rest = [s for s in _running(group) if s.index not in keep] if keep else []
+        stopped = [s for s in rest if not _is_unjudged(s, in_flight)]
+        return Plan(_indices(stopped), reason=reason if stopped else "")
+    limit = _kept_of_largest(group)
+    late = [s for c in group.clusters for s in _late_members(group, c, limit)]
+    return Plan(_indices(late), reason="redundant: its cluster has K2 members" if late else "")
+
+
+def _final_choice(group: Group, in_flight: frozenset[int]) -> tuple[frozenset[int], str]:
+    """Whom the final clustering keeps, and how it came out; no reason while it is not final."""
+    if not group.clusters:
+        return frozenset(), ""
+    sizes = [len(cluster) for cluster in group.clusters]
+    waiting = _num_waiting(group, in_flight)
+    if len(sizes) > 1 and max(sizes) == 1:
+        if waiting:
+            return frozenset(), ""
+        size = group.size or len(group.siblings)
+        placed = [cluster[0] for cluster in group.clusters]
+        keep = _first_hopeful(group, placed, max(1, group.config.kept_of_singletons(size)))
+        return frozenset(keep), f"pruned: {len(sizes)} clusters of one"
+    largest = sizes.index(max(sizes))  # ties: the older one
+    second = max((n for j, n in enumerate(sizes) if j != largest), default=0)
+    if waiting and sizes[largest] <= second + waiting:
+        return frozenset(), ""
+    keep = _first_hopeful(group, group.clusters[largest], _kept_of_largest(group))
+    return frozenset(keep), f"pruned: largest of {len(sizes)} clusters has {sizes[largest]} members"
+
+
+def _num_waiting(group: Group, in_flight: frozenset[int]) -> float:
+    """Siblings that may still join a cluster. A finished one is placed too: it is evidence."""
+    if not _is_complete(group):
+        return math.inf
+    return sum(
+        not sibling.has_verdict
+        and (
+            sibling.index in in_flight
+            or (not sibling.is_submitted and (sibling.is_live or sibling.has_voted))
+        )
+        for sibling in group.siblings.values()
+    )
+
+
+def _kept_of_largest(group: Group) -> int:
+    return max(1, group.config.kept_of_largest(group.size or len(group.siblings)))
+
+
+def _first_hopeful(group: Group, members: Sequence[int], limit: int) -> list[int]:
+    """The first `limit` members that have an answer or may still bring one.
+
+    An abstention is no finisher for K2: a stop string inside the thinking answers nothing.
+    """
+    return [i for i in members if _may_answer(group.siblings[i])][:limit]
+
+
+def _late_members(group: Group, members: Sequence[int], limit: int) -> list[Sibling]:
+    keep = _first_hopeful(group, members, limit)
+    late = [group.siblings[i] for i in members if i not in keep]
+    return [sibling for sibling in late if _is_running(sibling)]
+
+
+def _is_complete(group: Group) -> bool:
+    """All siblings that there will be are known."""
+    return group.size > 0 or group.is_closed
+
+
+def _is_unjudged(sibling: Sibling, in_flight: frozenset[int]) -> bool:
+    """The judge was asked and had no verdict: nothing is known against this sibling."""
+    is_answered = sibling.is_submitted and sibling.index not in in_flight
+    return is_answered and not sibling.has_verdict and sibling.cluster == ABSENT
+
+
+def _is_running(sibling: Sibling) -> bool:
+    """Can be stopped. A sibling votes a moment before its end state is set: too late for it."""
+    return sibling.is_live and not sibling.has_voted
+
+
+def _may_vote(sibling: Sibling) -> bool:
+    is_finished = sibling.state is State.FINISHED and sibling.doom is None
+    return not sibling.has_voted and (sibling.is_live or is_finished)
+
+
+def _may_answer(sibling: Sibling) -> bool:
+    return sibling.answer is not None if sibling.has_voted else _may_vote(sibling)
+
+
+def _running(group: Group) -> list[Sibling]:
+    return [sibling for sibling in group.siblings.values() if _is_running(sibling)]
+
+
+def _indices(siblings: Sequence[Sibling]) -> tuple[int, ...]:
+    return tuple(sorted(sibling.index for sibling in siblings))
+
+
+def _log_beta(x: float, y: float) -> float:
+    return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

@@ -1,0 +1,151 @@
+"""The vote over sibling answers: ballots join classes of equal answers, classes merge on proof.
+
+Pure and deterministic in the order of events, so that every tensor-parallel rank may replay it.
+`add` joins a ballot to the first class whose first answer `compare` says is the same. Where
+`compare` cannot tell it returns questions for the slow path; until `resolve` answers one, its
+two classes count apart. A proof merges two classes into the lower id, whatever the order in
+which proofs arrive; None means "not shown equal" and counts as different.
+
+Rule of the vote: most votes (weight); among equals the class whose earliest sibling index is
+lowest. An abstention counts as a ballot but joins no class, so abstentions never form a majority.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sglang_deepprune.answers import compare
+
+# A hostile group of all different formulas must not ask n^2 questions.
+MAX_QUESTIONS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """One sibling's vote; answer None is an abstention."""
+
+    answer: str | None
+    sibling: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Whether two classes hold the same answer; ids for `resolve`, answers for the slow path."""
+
+    low: int
+    high: int
+    left: str
+    right: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One class as counted now; `answer` is the wording of its lowest-index sibling."""
+
+    answer: str
+    weight: float
+    siblings: tuple[int, ...]
+
+
+class Tally:
+    """An incremental count of one group's ballots."""
+
+    def __init__(self, compare: Callable[[str, str], bool | None] = compare):
+        self._compare = compare
+        self._answers: list[str] = []  # First answer of each class, by class id.
+        self._parents: list[int] = []  # Union-find: a merged class points to a lower id.
+        self._ballots: list[list[Ballot]] = []
+        self._open: dict[tuple[int, int], Question] = {}
+        self._siblings: set[int] = set()
+        self._num_abstentions = 0
+
+    @property
+    def num_votes(self) -> int:
+        """Ballots taken, abstentions included."""
+        return len(self._siblings)
+
+    @property
+    def num_abstentions(self) -> int:
+        return self._num_abstentions
+
+    @property
+    def open_questions(self) -> list[Question]:
+        """Questions whose answer could still merge two classes."""
+        return [q for q in self._open.values() if self._root(q.low) != self._root(q.high)]
+
+    @property
+    def is_settled(self) -> bool:
+        """No open question is left that could change the count."""
+        return not self.open_questions
+
+    @property
+    def leader(self) -> Standing | None:
+        return next(iter(self.counts()), None)
+
+    @property
+    def runner_up(self) -> Standing | None:
+        return next(iter(self.counts()[1:]), None)
+
+    @property
+    def ties(self) -> list[Standing]:
+        """The classes that share the most votes, when there are several."""
+        counts = self.counts()
+        tied = [standing for standing in counts if standing.weight == counts[0].weight]
+        return tied if len(tied) > 1 else []
+
+    def add(self, ballot: Ballot) -> list[Question]:
+        """Take one ballot; returns the questions that it opens."""
+        if ballot.sibling in self._siblings:
+            raise ValueError(f"sibling {ballot.sibling} has voted already")
+        self._siblings.add(ballot.sibling)
+        if ballot.answer is None:
+            self._num_abstentions += 1
+            return []
+        # Merged classes keep their first answers in this list: what a ballot joins must not
+        # depend on which proofs have arrived before it.
+        verdicts = [self._compare(answer, ballot.answer) for answer in self._answers]
+        if True in verdicts:
+            self._ballots[verdicts.index(True)].append(ballot)
+            return []
+        new = len(self._answers)
+        self._answers.append(ballot.answer)
+        self._parents.append(new)
+        self._ballots.append([ballot])
+        doubtful = [index for index, verdict in enumerate(verdicts) if verdict is None]
+        questions = [
+            Question(low, new, self._answers[low], ballot.answer)
+            for low in doubtful[:MAX_QUESTIONS]
+        ]
+        self._open.update({(q.low, q.high): q for q in questions})
+        return questions
+
+    def resolve(self, low: int, high: int, same: bool | None) -> None:
+        """Answer a question; None (not shown equal) keeps the classes apart."""
+        if self._open.pop((low, high), None) is None:
+            return
+        roots = sorted((self._root(low), self._root(high)))
+        if same is True:
+            self._parents[roots[1]] = roots[0]
+
+    def counts(self) -> list[Standing]:
+        """All classes, best first by the rule of the vote."""
+        members: dict[int, list[Ballot]] = {}
+        for index, ballots in enumerate(self._ballots):
+            members.setdefault(self._root(index), []).extend(ballots)
+        standings = [_standing(ballots) for ballots in members.values()]
+        return sorted(standings, key=lambda s: (-s.weight, s.siblings[0]))
+
+    def _root(self, index: int) -> int:
+        while self._parents[index] != index:
+            index = self._parents[index]
+        return index
+
+
+def _standing(ballots: list[Ballot]) -> Standing:
+    ballots = sorted(ballots, key=lambda ballot: ballot.sibling)
+    assert ballots[0].answer is not None
+    weight = math.fsum(ballot.weight for ballot in ballots)
+    return Standing(ballots[0].answer, weight, tuple(ballot.sibling for ballot in ballots))

@@ -1,0 +1,286 @@
+"""Whom a group's state stops. No server, no judge: groups made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_deepprune import policy
+from sglang_deepprune.config import DeepPruneConfig
+from sglang_deepprune.group import Group, State
+from sglang_deepprune.types import ABSENT, Plan
+from sglang_deepprune.voting import Ballot, Tally
+
+
+def compare(left: str, right: str) -> bool | None:
+    """Equal as written; a question mark makes it a case for the fence."""
+    return None if "?" in left + right else left == right
+
+
+def make_group(
+    size: int, clusters: list[list[int]] | None = None, *, preset: str = "paper", **settings: Any
+) -> Group:
+    """A running group; clustered siblings are placed, the others have not reached their cut."""
+    group = Group("g", size, DeepPruneConfig(preset=preset, **settings))
+    group.tally = Tally(compare)
+    group.clusters = clusters or []
+    for sibling in group.siblings.values():
+        sibling.state = State.RUNNING
+    for number, cluster in enumerate(group.clusters):
+        for index in cluster:
+            group.siblings[index].cluster = number
+            group.siblings[index].is_submitted = group.siblings[index].has_verdict = True
+    return group
+
+
+def vote(group: Group, index: int, answer: str | None) -> None:
+    """A sibling finishes as the coordinator lets it: ballot first."""
+    sibling = group.siblings[index]
+    sibling.state, sibling.answer, sibling.has_voted = State.FINISHED, answer, True
+    group.tally.add(Ballot(answer, index))
+
+
+def stop(group: Group, plan: Plan) -> None:
+    for index in plan.stop:
+        group.siblings[index].doom = State.PRUNED
+
+
+def leave_out(group: Group, *indices: int) -> None:
+    for index in indices:
+        group.siblings[index].is_submitted = group.siblings[index].has_verdict = True
+
+
+def lose_verdict(group: Group, *indices: int) -> None:
+    for index in indices:
+        group.siblings[index].is_submitted = True
+
+
+def test_three_equal_answers_of_sixteen_stop_all_the_others() -> None:
+    group = make_group(16, preset="latency")
+    for index in (2, 5, 7):
+        vote(group, index, "42")
+    plan = policy.plan(group)
+    assert plan.decided and plan.reason == "decided: 3:0 of 3 votes, at most 13 to come"
+    assert plan.stop == tuple(i for i in range(16) if i not in (2, 5, 7))
+
+
+def test_a_sibling_that_has_voted_but_not_ended_is_not_stopped() -> None:
+    group = make_group(16, preset="latency")
+    for index in (2, 5, 7):
+        vote(group, index, "42")
+    group.siblings[7].state = State.RUNNING  # its ballot comes a moment before its end state
+    assert 7 not in policy.plan(group).stop
+
+
+def test_two_stop_strings_inside_the_thinking_decide_nothing() -> None:
+    group = make_group(8, preset="latency")
+    vote(group, 0, None)
+    vote(group, 1, None)
+    assert policy.plan(group) == Plan()
+    vote(group, 2, "8")
+    assert policy.plan(group) == Plan()
+
+
+def test_open_questions_of_the_fence_count_against_the_leader() -> None:
+    group = make_group(9, preset="latency")
+    for index, answer in enumerate(["4", "4", "4", "4", "5?", "6?", "7?"]):
+        vote(group, index, answer)
+    assert policy.top_votes(group) == (4, 3)
+    for index, answer in enumerate(["4", "4", "4", "4", "5", "6"]):
+        group = make_group(9, preset="latency") if index == 0 else group
+        vote(group, index, answer)
+    assert policy.top_votes(group) == (4, 1)
+    assert policy.top_votes(make_group(4)) == (0, 0)
+
+
+def test_aborted_siblings_may_not_vote_any_more() -> None:
+    group = make_group(64, preset="latency")
+    for index in range(3):
+        vote(group, index, "42")
+    assert not policy.plan(group).decided
+    for index in range(16, 64):
+        group.siblings[index].state = State.ABORTED
+    assert policy.num_remaining(group) == 13
+    assert policy.plan(group).decided
+
+
+def test_a_vote_with_nobody_left_is_counted_and_not_decided() -> None:
+    group = make_group(3, preset="latency")
+    for index in range(3):
+        vote(group, index, "42")
+    assert policy.plan(group) == Plan()
+
+
+def test_an_open_client_side_group_reckons_with_further_members() -> None:
+    group = make_group(5, preset="latency")
+    group.size = 0
+    for index in range(3):
+        vote(group, index, "42")
+    assert not policy.plan(group).decided
+    group.is_closed = True
+    assert policy.plan(group).decided
+
+
+def test_three_finishers_without_an_answer_release_the_group() -> None:
+    for preset in ("paper", "latency"):
+        group = make_group(8, [[0, 1], [2]], preset=preset)
+        vote(group, 0, None)
+        vote(group, 1, None)
+        assert policy.plan(group).reason != policy.OPEN_ENDED
+        vote(group, 2, None)
+        assert policy.plan(group) == Plan(reason=policy.OPEN_ENDED)
+        group.is_released = True
+        assert policy.plan(group) == Plan()
+
+
+def test_collect_never_stops_anybody() -> None:
+    group = make_group(16, [[0, 1, 2, 3]], preset="collect", k2=1)
+    for index in range(9):
+        vote(group, index, "42")
+    assert policy.plan(group) == Plan()
+
+
+def test_leftovers_of_a_decided_group_are_stopped() -> None:
+    group = make_group(16, preset="latency")
+    group.is_decided, group.reason = True, "decided: 3:0 of 3 votes"
+    for index in range(14):
+        vote(group, index, "42")
+    assert policy.plan(group) == Plan((14, 15), decided=True, reason=group.reason)
+
+
+def test_a_joiner_of_a_cluster_that_has_its_k2_stops_at_once() -> None:
+    group = make_group(16, [[3, 1, 7], [0]], k2=2)
+    plan = policy.plan(group)
+    assert plan.stop == (7,) and "redundant" in plan.reason and not plan.decided
+
+
+def test_a_stopped_or_lost_member_does_not_use_up_k2() -> None:
+    group = make_group(16, [[3, 1, 7, 8, 9], [0]], k2=2)
+    group.siblings[3].state = State.ABORTED
+    vote(group, 1, None)
+    group.siblings[7].doom = State.PRUNED
+    assert policy.plan(group) == Plan()
+    vote(group, 8, "5")
+    assert policy.plan(group) == Plan()
+    group.clusters[0].append(10)
+    assert policy.plan(group).stop == (10,)
+
+
+def test_the_largest_cluster_is_final_when_everybody_is_placed() -> None:
+    group = make_group(6, [[0, 1], [2, 3, 4], [5]], k2=2)
+    assert policy.plan(group).stop == (0, 1, 4, 5)
+
+
+def test_of_two_largest_clusters_the_older_one_runs_on() -> None:
+    assert policy.plan(make_group(5, [[0], [4, 2], [1, 3]])).stop == (0, 1, 3)
+
+
+def test_waiting_siblings_keep_a_cluster_from_being_final_while_they_could_turn_it() -> None:
+    group = make_group(8, [[0, 1, 2, 3], [4], [5]])
+    leave_out(group, 6)
+    assert policy.plan(group).stop == (4, 5, 6, 7)
+    group = make_group(8, [[0, 1, 2], [4], [5]])
+    leave_out(group, 3)
+    assert policy.plan(group) == Plan()  # 6 and 7 could make [4] as large
+
+
+def test_queued_and_expected_siblings_stop_with_the_rest() -> None:
+    group = make_group(6, [[0, 1, 2, 3]])
+    group.siblings[4].state, group.siblings[5].state = State.QUEUED, State.EXPECTED
+    assert policy.plan(group).stop == (4, 5)
+
+
+def test_a_finished_sibling_in_flight_still_counts_as_waiting() -> None:
+    group = make_group(3, [[0], [1]])
+    vote(group, 2, "5")
+    lose_verdict(group, 2)
+    assert policy.plan(group, in_flight=frozenset({2})) == Plan()
+
+
+def test_a_sibling_without_a_verdict_is_neither_stopped_nor_waited_for() -> None:
+    group = make_group(5, [[0, 1], [2]])
+    lose_verdict(group, 3, 4)
+    assert policy.plan(group, in_flight=frozenset({3, 4})) == Plan()
+    assert policy.plan(group).stop == (2,)
+
+
+def test_a_sibling_in_flight_stops_once_it_could_turn_nothing() -> None:
+    group = make_group(5, [[0, 1, 2], [3]])
+    lose_verdict(group, 4)
+    assert policy.plan(group, in_flight=frozenset({4})).stop == (3, 4)
+
+
+def test_singletons_alone_keep_the_first_k3() -> None:
+    group = make_group(5, [[3], [1], [0], [4], [2]], k3=2)
+    assert policy.plan(group).stop == (0, 2, 4)
+
+
+def test_singletons_are_not_final_while_somebody_waits() -> None:
+    assert policy.plan(make_group(4, [[0], [1], [2]], k3=1)) == Plan()
+
+
+def test_left_out_siblings_stop_with_the_small_clusters() -> None:
+    group = make_group(5, [[0, 1], [2]], k=2)
+    leave_out(group, 3, 4)
+    assert group.siblings[3].cluster == ABSENT
+    assert policy.plan(group).stop == (2, 3, 4)
+
+
+def test_finished_members_count_towards_k2() -> None:
+    group = make_group(4, [[0, 1, 2, 3]], k2=2)
+    vote(group, 1, "5")
+    assert policy.plan(group).stop == (2, 3)
+
+
+def test_a_kept_cluster_that_ends_without_an_answer_stops_nobody() -> None:
+    group = make_group(6, [[0, 1, 2], [3], [4]])
+    for index in (0, 1):
+        vote(group, index, None)
+    group.siblings[2].state = State.ABORTED
+    leave_out(group, 5)
+    assert policy.plan(group) == Plan()
+
+
+def test_an_open_client_side_group_has_no_final_cluster_before_it_is_closed() -> None:
+    group = make_group(4, [[0, 1, 2], [3]])
+    group.size = 0
+    assert policy.plan(group) == Plan()
+    group.is_closed = True
+    assert policy.plan(group).stop == (3,)
+
+
+def test_without_any_verdict_nobody_is_stopped() -> None:
+    group = make_group(4)
+    lose_verdict(group, 0, 1, 2, 3)
+    assert policy.plan(group) == Plan()
+
+
+@given(st.data())
+def test_no_sequence_of_events_stops_the_last_chance_of_an_answer(data: st.DataObject) -> None:
+    size = data.draw(st.integers(2, 9))
+    k2, k3, limit = (data.draw(st.integers(1, 3)) for _ in range(3))
+    group = make_group(size, k2=k2, k3=k3, k=limit)
+    for index in data.draw(st.permutations(range(size))):
+        where = data.draw(st.integers(ABSENT, min(len(group.clusters), limit - 1)))
+        sibling = group.siblings[index]
+        if sibling.is_live:
+            sibling.is_submitted = sibling.has_verdict = True
+            sibling.cluster = where
+            if where == len(group.clusters):
+                group.clusters.append([])
+            if where != ABSENT:
+                group.clusters[where].append(index)
+        before = {s.index for s in group.live if not s.has_voted}
+        plan = policy.plan(group)
+        assert set(plan.stop) <= before
+        stop(group, plan)
+        answered = any(s.answer for s in group.siblings.values())
+        assert answered or not plan.stop or group.num_live > 0
+        ending = data.draw(st.sampled_from([State.RUNNING, State.FINISHED, State.ABORTED]))
+        if sibling.is_live and ending is State.FINISHED:
+            vote(group, index, data.draw(st.sampled_from([None, "5"])))
+        elif sibling.is_live:
+            sibling.state = ending
+        stop(group, policy.plan(group))
