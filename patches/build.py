@@ -14,6 +14,7 @@ from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.judging import JudgeWorker
 from sglang_deepprune.patches import seams, server_args
 from sglang_deepprune.patches.scheduler import Engine
+from sglang_deepprune.truncation import plain_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
         # Control tokens stay visible: they mark where the thinking ends.
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    coordinator = Coordinator(config, decode, judge=judge, fence=fence)
+    coordinator = Coordinator(
+        config, decode, read=plain_decoder(tokenizer), judge=judge, fence=fence
+    )
     if is_leader:
         logger.info(
             "deepprune %s is active: SGLang %s, %d seams, preset %s, judge %s, overlap %s, "

@@ -212,6 +212,7 @@ class Engine:
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         if retired is None:
             return False
+        self._log_tables()
         if retired.is_pending:
             self.held[live.group_id] = (req, retired)
             return True
@@ -228,11 +229,16 @@ class Engine:
         self._drop(live)
         self.coordinator.retire(live.group_id, live.index, state, len(live.req.output_ids))
         self._stop(self.coordinator.lost(live.group_id))
+        self._log_tables()
 
     def _drop(self, live: Live) -> None:
         self.live.pop(live.req.rid, None)
         self.rids.pop((live.group_id, live.index), None)
         sampling.SEEDS.pop(live.req.rid, None)
+
+    def _log_tables(self) -> None:
+        own = {"live": len(self.live), "rids": len(self.rids), "held": len(self.held)}
+        self.steps.tables({**self.coordinator.sizes, **own, "seeds": len(sampling.SEEDS)})
 
     def siblings_of(self, stem: str) -> list[str]:
         """The rids of the n>1 request that a client knows by `stem`."""

@@ -44,6 +44,11 @@ class StepLog:
         logger.info("deepprune-verdict %s", json.dumps(line))
         self._before, self._num_doomed = None, 0
 
+    def tables(self, sizes: dict[str, int]) -> None:
+        """A group has ended: how full our tables are now."""
+        if self.is_on:
+            logger.info("deepprune-tables %s", json.dumps(sizes))
+
     def spent(self, hook_ns: int, step_ns: int, rows: int) -> None:
         """Time of one step: ours, and all between two steps."""
         self._hook_ns += hook_ns

@@ -115,10 +115,10 @@ class DeepPruneConfig:
     )
     judge: str = _setting(
         "similarity", "Judge of trace pairs, NAME[:PATH]: similarity, encoder[:PATH], "
-        "oracle:PATH, none.", scope="server",
+        "oracle:PATH, python:PKG.MOD:FACTORY (your own), none.", scope="server",
     )  # fmt: skip
     judge_deadline_ms: int = _setting(
-        2000, "Milliseconds a judge has for one batch; then it gives no verdict and is restarted.",
+        10_000, "Milliseconds a judge has for one batch; then it gives no verdict and is restarted.",
         scope="server", low=1, high=600_000, kind=int,
     )  # fmt: skip
     group_timeout_s: float = _setting(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_deepprune import policy
@@ -71,6 +71,14 @@ class Run:
     num_questions: int = 0  # open at the fence
     touched_s: float = 0.0
 
+    @property
+    def is_awaited(self) -> bool:
+        """Members may still come: an open group, or siblings that nobody has sent yet."""
+        group = self.group
+        return not group.is_closed or any(
+            sibling.state is State.EXPECTED for sibling in group.siblings.values()
+        )
+
 
 class Coordinator:
     """All live groups of one scheduler process."""
@@ -80,12 +88,14 @@ class Coordinator:
         config: DeepPruneConfig,
         decode: Callable[[Sequence[int]], str],
         *,
+        read: Callable[[Sequence[int]], str] | None = None,
         judge: JudgeWorker | None = None,
         fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.config = config
-        self.decode = decode
+        self.decode = decode  # for answers: control tokens stay, they mark the thinking's end
+        self.read = read or decode  # for judges: plain text, the same for every longer prefix
         self.judge = judge  # the leader's only
         self.fence = fence  # the leader's only
         self.clock = clock
@@ -97,6 +107,11 @@ class Coordinator:
     def is_idle(self) -> bool:
         """No group lives: every hook returns at once."""
         return not self.runs
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How full the tables are; all zero when nothing is live."""
+        return {"groups": len(self.runs), "questions": len(self._asked)}
 
     def admit(
         self, group_id: str, index: int, size: int, settings: Mapping[str, Any], max_new_tokens: int
@@ -155,7 +170,9 @@ class Coordinator:
         found = extract(text, is_cut=is_cut, json_field=group.config.answer_field or None)
         sibling.answer = found.answer if found else None
         sibling.has_voted = True
-        if group.config.is_judged and not sibling.is_submitted:
+        if index in run.traces:
+            run.traces[index] = replace(run.traces[index], answer=sibling.answer)
+        elif group.config.is_judged:
             self._keep_trace(run, index, output_ids, is_end=True)
         self._ask(run, group.tally.add(Ballot(sibling.answer, index)))
         return self._replan(run)
@@ -166,7 +183,7 @@ class Coordinator:
         if run is None or run.group.epoch != command.epoch:
             return []
         if isinstance(command, Close):
-            run.group.is_closed = True
+            self._close(run)
         elif isinstance(command, FenceResult):
             run.num_questions -= 1
             run.group.tally.resolve(
@@ -188,9 +205,9 @@ class Coordinator:
                 if asked is not None:
                     commands.append(asked.answered(is_same))
         for group_id, run in self.runs.items():
-            if not run.group.is_closed:
-                if self.clock() - run.touched_s > self.config.group_timeout_s:
-                    commands.append(Close(group_id, run.group.epoch))
+            if run.is_awaited and self.clock() - run.touched_s > self.config.group_timeout_s:
+                run.touched_s = self.clock()
+                commands.append(Close(group_id, run.group.epoch))
         return commands
 
     def retire(self, group_id: str, index: int, state: State, num_tokens: int) -> Retired | None:
@@ -246,6 +263,15 @@ class Coordinator:
         if self.judge is not None:
             self.judge.drop(group_id)
 
+    def _close(self, run: Run) -> None:
+        """Time is out: whoever has not come will not be waited for."""
+        run.group.is_closed = True
+        for sibling in run.group.siblings.values():
+            if sibling.state is State.EXPECTED:
+                sibling.state = State.ABORTED
+        if run.group.is_over and not run.num_questions:
+            self.forget(run.group.group_id)
+
     def _look(self, run: Run, outputs: Mapping[int, Sequence[int]]) -> None:
         """Cut what has become long enough, and hand it over unless the judge is at it already."""
         group = run.group
@@ -279,7 +305,7 @@ class Coordinator:
     def _keep_trace(self, run: Run, index: int, output_ids: Sequence[int], is_end: bool) -> None:
         cut = run.cuts.get(index)
         if cut is None:
-            cut = run.cuts[index] = make_cut(run.group.config, self.decode)
+            cut = run.cuts[index] = make_cut(run.group.config, self.read)
         point = cut.advance(output_ids)
         if point is None and is_end:
             point = cut.end(output_ids)

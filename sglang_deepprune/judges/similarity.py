@@ -1,10 +1,9 @@
-"""Lexical judge: cosine of hashed word unigrams and bigrams, with damped counts (1 + log tf).
+"""The paper's shallow baseline: cosine of TF-IDF vectors over word unigrams and bigrams.
 
-A cheap floor to compare judges with, not a good judge: on recorded traces its order of pairs
-inside one question is hardly better than chance (docs/design.md). It has no document frequencies
-on purpose: fitted on a call's texts they would make a pair's score depend on the other pairs, so
-that the same two traces could be redundant in one window and not in the next. A stop word list
-and bigrams do that work instead, with the same measured quality.
+A cheap floor to compare judges with, not a good judge: on recorded traces its order of pairs inside
+one question is hardly better than chance (docs/design.md). Document frequencies come from the texts
+of one call, which is one trace and the members it is compared with; counts are hashed and kept, so
+each text is read once.
 """
 
 from __future__ import annotations
@@ -46,7 +45,8 @@ class SimilarityJudge:
             return np.zeros(0, dtype=np.float32)
         rows = self._rows.of(t.text for pair in pairs for t in (pair.left, pair.right))
         place = {text: i for i, text in enumerate(rows)}
-        matrix = sparse.vstack(list(rows.values()), format="csr")  # [num_texts, num_features]
+        counts = sparse.vstack(list(rows.values()), format="csr")  # [num_texts, num_features]
+        matrix = _weighted(counts)
         left = matrix[[place[pair.left.text] for pair in pairs]]
         right = matrix[[place[pair.right.text] for pair in pairs]]
         scores = np.asarray(left.multiply(right).sum(axis=1), dtype=np.float32).reshape(-1)
@@ -55,8 +55,17 @@ class SimilarityJudge:
         return scores
 
     def _vectorize(self, text: str) -> sparse.csr_matrix:
-        """[1, num_features] float32, unit length."""
+        """[1, num_features] float32, damped counts: 1 + log tf."""
         row = self._vectorizer.transform([text])
         row.data = 1.0 + np.log(row.data)
         row.sort_indices()  # a fixed order of summation: scores are the same to the last bit
-        return normalize(row)
+        return row
+
+
+def _weighted(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Counts times smoothed IDF, as scikit-learn's TfidfTransformer; rows of unit length."""
+    num_texts, num_features = counts.shape
+    seen = np.bincount(counts.indices, minlength=num_features)
+    weighted = counts.copy()
+    weighted.data *= (np.log((1 + num_texts) / (1 + seen[counts.indices])) + 1).astype(np.float32)
+    return normalize(weighted, copy=False)
