@@ -141,11 +141,12 @@ def stream_output(
 ) -> Any:
     """AROUND `SchedulerOutputStreamer.stream_output`: the door through which siblings end."""
     ours = _engine
-    if ours is None or not ours.live:
+    if ours is None or not (ours.live or ours.held):
         return original(self, reqs, return_logprob, skip_req)
-    held = ours.guard(ours.close, reqs, skip_req)
-    if held:
-        reqs = [req for req in reqs if not any(req is one for one in held)]
+    ours.guard(ours.close, reqs, skip_req)
+    if ours.held:
+        # Under overlap a finished row comes by once more, in the batch that was launched already.
+        reqs = ours.without_held(reqs)
         if not reqs:
             return None
     return original(self, reqs, return_logprob, skip_req)

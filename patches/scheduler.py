@@ -67,10 +67,13 @@ class Engine:
                 return True
             return False
         tagged = req.sampling_params.custom_params[wire.TAG]
-        index, end = self.coordinator.admit(
+        admitted = self.coordinator.admit(
             tagged["gid"], tagged["index"], tagged["size"], wire.settings_of(tagged),
             req.sampling_params.max_new_tokens or 0,
         )  # fmt: skip
+        if admitted is None:
+            return False
+        index, end = admitted
         self.live[req.rid] = Live(req, tagged["gid"], index, tagged["rid"])
         self.rids[tagged["gid"], index] = req.rid
         seed = req.sampling_params.sampling_seed
@@ -144,6 +147,7 @@ class Engine:
         del self.held[group_id]
         finish.annotate(req.finished_reason, Retired(retired.choice, record))
         self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+        self._log_tables()
 
     def _stop(self, stops: Sequence[Stop]) -> None:
         for stop in stops:
@@ -181,17 +185,14 @@ class Engine:
 
     # -- the two doors -----------------------------------------------------------------------
 
-    def close(self, reqs: Sequence[Any], skip: Any) -> list[Any]:
-        """Finished siblings among `reqs`: votes, then records. Returns the ones to hold back."""
+    def close(self, reqs: Sequence[Any], skip: Any) -> None:
+        """Finished siblings among `reqs`: votes, then records, or the last output is held back."""
         ended = [
             self.live[req.rid]
             for req in reqs
             if req is not skip and req.rid in self.live and req.finished()
             and not req.finished_output
         ]  # fmt: skip
-        held: list[Any] = []
-        if not ended:
-            return held
         for live in ended:
             reason = live.req.finished_reason
             if finish.state_of(reason) is State.FINISHED:
@@ -200,24 +201,26 @@ class Engine:
                 cut = finish.is_cut(reason)
                 self._stop(self.coordinator.vote(live.group_id, live.index, output_ids, cut))
         for live in ended:
-            if self._retire(live, finish.state_of(live.req.finished_reason)):
-                held.append(live.req)
-        return held
+            self._retire(live, finish.state_of(live.req.finished_reason))
 
-    def _retire(self, live: Live, state: State) -> bool:
-        """The sibling's last output is about to leave. True: hold it until the vote is counted."""
+    def without_held(self, reqs: Sequence[Any]) -> list[Any]:
+        """`reqs` less the last outputs that wait for their group's vote to be counted."""
+        waiting = {id(req) for req, _ in self.held.values()}
+        return [req for req in reqs if id(req) not in waiting]
+
+    def _retire(self, live: Live, state: State) -> None:
+        """The sibling's last output is about to leave, or to be held until the vote is counted."""
         req = live.req
         self._drop(live)
         tokens = len(req.output_ids)
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         if retired is None:
-            return False
-        self._log_tables()
+            return
         if retired.is_pending:
             self.held[live.group_id] = (req, retired)
-            return True
-        finish.annotate(req.finished_reason, retired)
-        return False
+        else:
+            finish.annotate(req.finished_reason, retired)
+        self._log_tables()
 
     def aborted(self, output: AbortReq) -> None:
         """SGLang tells the tokenizer that a queued sibling is gone."""
@@ -245,7 +248,11 @@ class Engine:
         return [rid for rid, live in self.live.items() if stem and live.stem == stem]
 
     def guard(self, step: Callable[..., Any], *args: Any) -> Any:
-        """Run one of our steps; a fault of ours releases the groups and never reaches SGLang."""
+        """Run one of our steps; a fault of ours never reaches SGLang.
+
+        It is logged once a kind, and every live group runs on as plain sampling would: which one
+        was at fault is not known, and a half-applied step must not act again.
+        """
         try:
             return step(*args)
         except Exception as error:
@@ -253,9 +260,16 @@ class Engine:
             if kind not in self._faults:
                 self._faults.add(kind)
                 logger.exception("deepprune: %s; live groups run on as plain sampling", kind)
-            for group_id in list(self.coordinator.runs):
-                self.coordinator.release(group_id, "released after a fault")
+            self._abandon()
             return None
+
+    def _abandon(self) -> None:
+        held = [req for req, _ in self.held.values()]
+        self.coordinator.abandon()
+        for table in (self.live, self.rids, self.held, sampling.SEEDS):
+            table.clear()
+        for req in held:
+            self.scheduler.output_streamer.stream_output([req], req.return_logprob)
 
 
 def _ends_with(req: Any, token: int) -> tuple[bool, bool]:

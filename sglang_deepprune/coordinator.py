@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,6 +103,7 @@ class Coordinator:
         self.runs: dict[str, Run] = {}
         self._epoch = 0
         self._asked: dict[int, FenceResult] = {}  # fence ticket -> the question, unanswered
+        self._abandoned: deque[str] = deque(maxlen=1024)  # groups that late siblings must not renew
 
     @property
     def is_idle(self) -> bool:
@@ -115,9 +117,13 @@ class Coordinator:
 
     def admit(
         self, group_id: str, index: int, size: int, settings: Mapping[str, Any], max_new_tokens: int
-    ) -> tuple[int, State | None]:
-        """A sibling arrives. Returns its index, and an end state when it need not start at all."""
+    ) -> tuple[int, State | None] | None:
+        """A sibling arrives. Returns its index, and an end state when it need not start at all.
+
+        None: its group was abandoned, it is a plain request."""
         run = self.runs.get(group_id)
+        if run is None and group_id in self._abandoned:
+            return None
         if run is None:
             run = self._open(group_id, index, size, settings, max_new_tokens)
         group = run.group
@@ -186,10 +192,7 @@ class Coordinator:
             self._close(run)
         elif isinstance(command, FenceResult):
             run.num_questions -= 1
-            run.group.tally.resolve(
-                Question(command.left_class, command.right_class, command.left, command.right),
-                command.is_same,
-            )
+            run.group.tally.resolve(command.low, command.high, command.is_same)
         else:
             self._place(run, command)
         return self._replan(run)
@@ -244,14 +247,14 @@ class Coordinator:
         run = self.runs.get(group_id)
         return self._replan(run) if run is not None else []
 
-    def release(self, group_id: str, reason: str) -> None:
-        """A fault of ours: the group runs on as plain sampling would."""
-        run = self.runs.get(group_id)
-        if run is not None:
-            run.group.is_released, run.group.reason = True, reason
-            for sibling in run.group.siblings.values():
-                if not sibling.state.is_end:
-                    sibling.doom = None
+    def abandon(self) -> list[str]:
+        """A fault of ours: every live group runs on as plain sampling, and is ours no more."""
+        gone = list(self.runs)
+        for group_id in gone:
+            self.forget(group_id)
+        self._abandoned.extend(gone)
+        self._asked.clear()
+        return gone
 
     def revive(self, group_id: str, index: int) -> None:
         """A doomed sibling ends by itself in the very step that would have stopped it."""
@@ -336,7 +339,12 @@ class Coordinator:
             run.num_questions += 1
             if self.fence is not None:
                 ticket = self.fence.ask(question.left, question.right)
-                self._asked[ticket] = FenceResult.of(run.group, question)
+                self._asked[ticket] = FenceResult(
+                    run.group.group_id,
+                    run.group.epoch,
+                    question.low,
+                    question.high,
+                )
 
     def _replan(self, run: Run) -> list[Stop]:
         """Ask the policy, and doom whom it names."""

@@ -5,7 +5,7 @@ Import-light on purpose: child processes and the tokenizer side load this module
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ABSENT = -1  # "no such sibling / cluster / step" where an int is wanted
@@ -82,11 +82,12 @@ class FenceResult:
 
     group_id: str
     epoch: int
-    left_class: int
-    right_class: int
-    left: str
-    right: str
+    low: int  # the two answer classes
+    high: int
     is_same: bool | None = None  # None: not shown within the limit
+
+    def answered(self, is_same: bool | None) -> FenceResult:
+        return replace(self, is_same=is_same)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ class Server:
         max_total_tokens: int = 20000,
         module: str = "sglang.launch_server",
     ):
+        self.name = ""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_file = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)

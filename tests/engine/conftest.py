@@ -1,0 +1,75 @@
+"""Servers are shared by configuration: starting one takes longer than most tests.
+
+`scripted` plays the traces of scenario.py in two engine configurations; `reasoner` samples the
+embedded model for real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.scripted import plugin_env
+from tests.engine import scenario
+from tests.engine.server import Server
+from tests.engine.tiny_model import make_tiny_model
+
+COMMON = ("--enable-deepprune", "--deepprune-log-steps", "--deepprune-window", "8")
+MARKER = ("--deepprune-judge", "python:tests.marker_judge:make", "--deepprune-judge-deadline-ms",
+          "1500")  # fmt: skip
+CONFIGS: dict[str, tuple[str, ...]] = {
+    "page1-overlap": (),
+    "page16-no-overlap": (
+        "--page-size", "16", "--disable-overlap-schedule", "--max-running-requests", "8",
+        "--reasoning-parser", "qwen3",
+    ),
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint's folder."""
+    path = tmp_path_factory.mktemp("tiny")
+    make_tiny_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+@pytest.fixture(scope="session")
+def scripts_env(tiny: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("scripts")
+    scenario.write(tokenizer, folder / "scripts.json")
+    return plugin_env(folder / "scripts.json", folder)
+
+
+@pytest.fixture(scope="session", params=list(CONFIGS))
+def scripted(request: pytest.FixtureRequest, tiny: Path, scripts_env: Any) -> Iterator[Server]:
+    """A server on scripted tokens, in each of CONFIGS."""
+    with Server(tiny, *COMMON, *MARKER, *CONFIGS[request.param], env=scripts_env) as server:
+        server.name = request.param
+        yield server
+
+
+@pytest.fixture(scope="session")
+def reasoner() -> Iterator[Server]:
+    """A server on the embedded reasoner: real sampling, the default judge."""
+    from sglang_deepprune.reasoner import model_path
+
+    with Server(model_path(), *COMMON, max_total_tokens=40000) as server:
+        yield server
