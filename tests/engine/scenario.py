@@ -14,9 +14,10 @@ WORDS = "wait thus since so therefore hmm but let me check again".split()
 CUT = {"cut": "tokens", "cut_tokens": 16, "window": 8}
 
 
-def trace(marker: str, length: int, answer: str | None) -> str:
-    """About `length` words after the marker, then the answer."""
-    body = " ".join(WORDS[i % len(WORDS)] for i in range(length))
+def trace(marker: str, length: int, answer: str | None, turn: int = 0) -> str:
+    """About `length` words after the marker, then the answer. Equal texts need no judge, so
+    siblings that should be judged differ by `turn`."""
+    body = " ".join(WORDS[(i * (turn + 1) + turn) % len(WORDS)] for i in range(length))
     end = "" if answer is None else f" the answer is \\boxed{{{answer}}}"
     return f"<{marker}> {body}{end}"
 
@@ -42,7 +43,7 @@ PROMPTS: dict[str, list[str]] = {
     ],
     "D2: what is 2 + 2 =": [trace("A", 30, "4"), trace("A", 30, "4"), trace("A", 30, "4")],
     "D3: count": [trace("A", 330, "1")] * 12,
-    "D4: slow": [trace("SLOW", 600, "1")] * 8,
+    "D4: slow": [trace("SLOW", 600, "1", turn) for turn in range(8)],
     "D8: think": [
         "<A> Short.</think>Four. \\boxed{4}", trace("A", 200, "4"),
     ],
@@ -59,11 +60,11 @@ PROMPTS: dict[str, list[str]] = {
         "<think>so \\boxed{5}</think>", "so \\boxed{12", "I cannot say.", "\\boxed{5}",
     ],
     "D12: none": ["I cannot say.", "Hard to tell.", "No idea.", "Who knows."],
-    "fault: RAISE": [trace("RAISE", 60, "3")] * 4,
-    "fault: SHAPE": [trace("SHAPE", 60, "3")] * 4,
-    "fault: NAN": [trace("NAN", 60, "3")] * 4,
-    "fault: HANG": [trace("HANG", 60, "3")] * 4,
-    "fault: DIE": [trace("DIE", 60, "3")] * 4,
+    "fault: RAISE": [trace("RAISE", 60, "3", turn) for turn in range(4)],
+    "fault: SHAPE": [trace("SHAPE", 60, "3", turn) for turn in range(4)],
+    "fault: NAN": [trace("NAN", 60, "3", turn) for turn in range(4)],
+    "fault: HANG": [trace("HANG", 60, "3", turn) for turn in range(4)],
+    "fault: DIE": [trace("DIE", 60, "3", turn) for turn in range(4)],
     # Equal after sympy only: the fence decides, and the last output waits for it.
     "fence: expand": [
         "<A> so \\boxed{(x+1)^2}", "<A> so \\boxed{x^2+2x+1}", "<A> so \\boxed{x^2+x+1}",

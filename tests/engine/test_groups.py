@@ -30,8 +30,8 @@ PAPER = {"preset": "paper", "k2": 2, **scenario.CUT}
 def ask(server: Server, prompt: str, n: int, settings: Any, **params: Any) -> list[dict[str, Any]]:
     """n siblings over /generate; checks each record against the schema."""
     outputs = server.generate(
-        prompt, n=n, max_new_tokens=400, temperature=1.0,
-        custom_params={"deepprune": settings}, **params,
+        prompt, n=n, temperature=1.0, custom_params={"deepprune": settings},
+        **{"max_new_tokens": 400, **params},
     )  # fmt: skip
     for output in outputs:
         jsonschema.validate(output["meta_info"]["deepprune"], SCHEMA)

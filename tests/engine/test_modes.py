@@ -1,0 +1,191 @@
+"""Ways to start: command line, YAML, several tokenizer processes, Engine, flag off, refusals (D7)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine import scenario
+from tests.engine.server import CPU_FLAGS, Server, cpu_env
+from tests.engine.test_groups import PAPER, PRUNE, states
+
+PARSE = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+for argv in json.loads(sys.argv[1]):
+    try:
+        args = prepare_server_args(["--model-path", {model!r}, "--device", "cpu", *argv])
+        print("ok", hasattr(args, "_deepprune"), sorted(HookRegistry._patched), flush=True)
+    except SystemExit as exit:
+        print("exit", exit.code, flush=True)
+"""
+
+
+def parse(tiny: Path, *argvs: list[str], env: dict[str, str] | None = None) -> list[str]:
+    """What SGLang's own parser makes of each argument list, in one fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE.format(model=str(tiny)), json.dumps(argvs)],
+        env=cpu_env(env), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return (done.stdout + done.stderr).splitlines()
+
+
+def test_flag_off_hooks_the_parser_and_nothing_else(tiny: Path):
+    (line,) = [line for line in parse(tiny, []) if line.startswith("ok")]
+    assert line.startswith("ok False")
+    assert line.count("sglang.srt.") == 2
+    assert "ServerArgs.add_cli_args" in line and "ServerArgs.from_cli_args" in line
+
+
+@pytest.mark.parametrize(
+    ("env", "argv", "sentence"),
+    [
+        ({}, ["--pp-size", "2"], "--pp-size"),
+        ({}, ["--disaggregation-mode", "prefill"], "--disaggregation-mode"),
+        ({}, ["--enable-streaming-session"], "--enable-streaming-session"),
+        ({}, ["--dllm-algorithm", "LowConfidence"], "--dllm-algorithm"),
+        ({}, ["--skip-tokenizer-init"], "--skip-tokenizer-init"),
+        ({"SGLANG_RUST_SERVER": "1"}, [], "SGLANG_RUST_SERVER"),
+        ({}, ["--deepprune-window", "0"], "deepprune.window: expected 1 to 4096, got 0"),
+        ({}, ["--deepprune-judge", "nobody"], "deepprune.judge: unknown judge 'nobody'"),
+        ({}, ["--deepprune-judge", "oracle:/no/such/file"], "deepprune.judge"),
+    ],
+)
+def test_what_is_not_proven_is_refused_with_one_sentence(tiny: Path, env, argv, sentence: str):
+    lines = parse(tiny, ["--enable-deepprune", *argv], env=env)
+    assert "exit 2" in lines
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and sentence in errors[0]
+
+
+def test_where_the_plugin_is_not_loaded_the_flag_is_unknown(tiny: Path):
+    lines = parse(tiny, ["--enable-deepprune"], env={"SGLANG_PLUGINS": "someone_else"})
+    assert "exit 2" in lines
+    assert any("unrecognized arguments: --enable-deepprune" in line for line in lines)
+
+
+def test_serve_with_yaml_and_two_tokenizer_processes(tiny: Path, scripts_env: Any, tmp_path: Path):
+    config = tmp_path / "server.yaml"
+    config.write_text(
+        "enable-deepprune: true\ndeepprune-window: 8\ndeepprune-log-steps: true\n"
+        "deepprune-judge: python:tests.marker_judge:make\n"
+    )
+    sglang = str(Path(sys.executable).parent / "sglang")
+    flags = ("--config", str(config), "--tokenizer-worker-num", "2")
+    with Server(tiny, *flags, env=scripts_env, command=(sglang, "serve")) as server:
+        assert "deepprune" in server.log and "is active" in server.log
+        for _ in range(4):  # either worker may take it
+            body = {"text": PRUNE, "sampling_params": {
+                "n": 8, "max_new_tokens": 400, "custom_params": {"deepprune": PAPER}}}  # fmt: skip
+            outputs = server.post("/generate", body).json()
+            assert states(outputs) == ["finished", "finished", *["pruned"] * 6]
+        bad = {**body, "sampling_params": {"n": 2, "custom_params": {"deepprune": {"x": 1}}}}
+        assert server.post("/generate", bad).status_code == 400
+
+
+ENGINE = """
+import json, sys
+import sglang
+
+if __name__ == "__main__":
+    model, prompt, settings, flags = json.loads(sys.argv[1])
+    engine = sglang.Engine(model_path=model, enable_deepprune=True, deepprune_window=8,
+                           deepprune_judge="python:tests.marker_judge:make", **flags)
+    outputs = engine.generate(prompt, {"n": 8, "max_new_tokens": 400, "temperature": 1.0,
+                                       "custom_params": {"deepprune": settings}})
+    print("RESULT", json.dumps(outputs))
+    try:
+        sglang.Engine(model_path=model, enable_deepprune=True, deepprune_window=0, **flags)
+    except Exception as error:
+        print("REFUSED", error)
+    engine.shutdown()
+"""
+
+
+def test_engine_takes_the_settings_as_keywords(tiny: Path, scripts_env: Any, tmp_path: Path):
+    script = tmp_path / "offline.py"
+    script.write_text(ENGINE)
+    pairs = zip(CPU_FLAGS, [*CPU_FLAGS[1:], ""], strict=True)
+    flags: dict[str, Any] = {
+        flag[2:].replace("-", "_"): value
+        for flag, value in pairs
+        if flag.startswith("--") and not value.startswith("--")
+    }
+    flags["disable_cuda_graph"], flags["max_total_tokens"] = True, 20000
+    flags["mem_fraction_static"] = 0.2
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps([str(tiny), PRUNE, PAPER, flags])],
+        env=cpu_env(scripts_env), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    (result,) = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    outputs = json.loads(result)
+    assert states(outputs) == ["finished", "finished", *["pruned"] * 6]
+    assert [output["text"] for output in outputs[:2]] == scenario.PROMPTS[PRUNE][:2]
+    assert "REFUSED deepprune.window: expected 1 to 4096, got 0" in done.stdout
+
+
+def test_every_seam_holds_in_the_installed_sglang():
+    code = (
+        "from sglang_deepprune.patches import seams; "
+        "seams.check(seams.PARSER + seams.TOKENIZER + seams.SCHEDULER); print('held')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=cpu_env(), capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip().endswith("held"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("name='Scheduler.no_such_method'", "is not there"),
+     ("needs=('self', 'no_such_parameter')", "has the parameters")],
+)  # fmt: skip
+def test_a_seam_that_does_not_fit_stops_the_start(change: str, said: str):
+    code = (
+        "import dataclasses; from sglang_deepprune.patches import seams; "
+        f"seam = dataclasses.replace(seams.SCHEDULER[1], {change}); "
+        "seams.check([seam])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=cpu_env(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert said in last and "supported: SGLang 0.5.15 to 0.5.23" in last
+
+
+def test_a_plugin_that_patched_first_keeps_working(tiny: Path, scripts_env: Any):
+    """benchmarks.scripted wraps two of our seams; here its hooks are applied before ours."""
+    code = f"""
+import os
+os.environ.update({json.dumps({k: v for k, v in scripts_env.items() if k != "PYTHONPATH"})})
+from benchmarks import scripted
+from sglang.srt.plugins.hook_registry import HookRegistry
+scripted.register(); HookRegistry.apply_hooks()
+from sglang_deepprune.patches import hooks, seams
+seams.install(seams.rows(seams.SCHEDULER), hooks.TABLE)
+seams.check(seams.SCHEDULER, hooks.TABLE)
+import inspect
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.model_executor.model_runner import ModelRunner
+for function in (Scheduler._add_request_to_queue, ModelRunner.sample):
+    depth = 0
+    while hasattr(function, "__wrapped__"):
+        function, depth = function.__wrapped__, depth + 1
+    assert depth == 2, depth
+print("both")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=cpu_env({"PYTHONPATH": os.environ.get("PYTHONPATH", "")}),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.strip().endswith("both"), done.stderr[-2000:]
