@@ -1,0 +1,238 @@
+"""The coordinator without an engine: outputs are lists of ids, the judge answers when told to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from sglang_deepprune.config import DeepPruneConfig
+from sglang_deepprune.coordinator import Coordinator, Stop
+from sglang_deepprune.group import State
+from sglang_deepprune.types import ABSENT, Assignment, Close, FenceResult, JudgeResult, JudgeTask
+
+TEXTS = {1: "so \\boxed{1}", 2: "so \\boxed{2}", 7: "nothing", 8: "\\boxed{(x+1)^2}",
+         9: "\\boxed{x^2+2x+1}"}  # fmt: skip
+
+
+class FakeJudge:
+    def __init__(self) -> None:
+        self.tasks: list[JudgeTask] = []
+        self.results: list[JudgeResult] = []
+
+    def submit(self, task: JudgeTask) -> None:
+        self.tasks.append(task)
+
+    def poll(self) -> list[JudgeResult]:
+        done, self.results = self.results, []
+        return done
+
+    def drop(self, group_id: str) -> None:
+        self.results = [one for one in self.results if one.group_id != group_id]
+
+
+class FakeFence:
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.answers: list[tuple[int, bool | None]] = []
+
+    def ask(self, a: str, b: str) -> int:
+        self.asked.append((a, b))
+        return len(self.asked) - 1
+
+    def poll(self) -> list[tuple[int, bool | None]]:
+        done, self.answers = self.answers, []
+        return done
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def decode(ids: Any) -> str:
+    """The last id chooses the text; every other one is a word."""
+    return " ".join(["word"] * (len(ids) - 1) + [TEXTS.get(ids[-1], "word")] if ids else [])
+
+
+def coordinator(**settings: Any) -> Coordinator:
+    config = DeepPruneConfig(**{"window": 4, "cut_tokens": 4, **settings})
+    return Coordinator(config, decode, judge=FakeJudge(), fence=FakeFence(), clock=Clock())  # type: ignore[arg-type]
+
+
+def fill(c: Coordinator, size: int, gid: str = "g", **settings: Any) -> None:
+    for index in range(size):
+        assert c.admit(gid, index, size, settings, 100) == (index, None)
+
+
+def step(c: Coordinator, live: list[int], length: int, gid: str = "g") -> None:
+    c.observe({gid: {index: [0] * length for index in live}})
+
+
+def end(c: Coordinator, index: int, last: int, gid: str = "g") -> list[Stop]:
+    stops = c.vote(gid, index, [0, 0, last], False)
+    c.retire(gid, index, State.FINISHED, 3)
+    return stops
+
+
+def test_three_equal_votes_of_eight_decide_and_stop_the_rest():
+    c = coordinator(preset="latency")
+    fill(c, 8)
+    assert end(c, 0, 1) == [] and end(c, 1, 1) == []
+    stops = end(c, 2, 1)
+    assert [stop.index for stop in stops] == [3, 4, 5, 6, 7]
+    for index in range(3, 8):
+        retired = c.retire("g", index, State.DECIDED, 10)
+    assert retired is not None and retired.group is not None
+    assert retired.group.answer == "1" and retired.group.votes == (("1", 3),)
+    assert retired.group.saved_tokens_at_most == 5 * 90
+    assert c.is_idle
+
+
+def test_a_sibling_votes_and_retires_once():
+    c = coordinator(preset="collect")
+    fill(c, 2)
+    end(c, 0, 1)
+    assert c.vote("g", 0, [0, 0, 2], False) == []
+    assert c.retire("g", 0, State.ABORTED, 9) is None
+    assert c.runs["g"].group.num_voted == 1
+
+
+def test_a_window_hands_over_what_was_cut_and_nothing_twice():
+    c = coordinator(preset="paper", cut="tokens")
+    fill(c, 3)
+    for length in range(1, 9):
+        step(c, [0, 1, 2], length)
+    (task,) = c.judge.tasks  # type: ignore[union-attr]
+    assert [trace.sibling for trace in task.traces] == [0, 1, 2]
+    assert {trace.num_tokens for trace in task.traces} == {4}
+
+
+def verdict(c: Coordinator, *places: tuple[int, int], gid: str = "g", epoch: int | None = None):
+    epoch = c.runs[gid].group.epoch if epoch is None else epoch
+    placed = tuple(Assignment(s, k, math.nan if k == ABSENT else 0.9) for s, k in places)
+    return JudgeResult(gid, epoch, placed, 3, 30, 1.5)
+
+
+def test_a_verdict_prunes_and_names_the_cluster_in_the_record():
+    c = coordinator(preset="paper", cut="tokens", k2=1)
+    fill(c, 3)
+    for length in range(1, 5):
+        step(c, [0, 1, 2], length)
+    stops = c.apply(verdict(c, (0, 0), (1, 0), (2, 1)))
+    assert [(stop.index, stop.state) for stop in stops] == [(1, State.PRUNED), (2, State.PRUNED)]
+    choice = c.retire("g", 1, State.PRUNED, 6).choice  # type: ignore[union-attr]
+    assert (choice.cluster, choice.state, choice.pruned_at) == (0, "pruned", 4)
+    assert choice.similarity == pytest.approx(0.9)
+
+
+def test_a_verdict_of_another_epoch_or_of_a_gone_group_is_dropped():
+    c = coordinator(preset="paper", cut="tokens", k2=1)
+    fill(c, 2)
+    for length in range(1, 5):
+        step(c, [0, 1], length)
+    late = verdict(c, (0, 0), (1, 0))
+    assert c.apply(verdict(c, (0, 0), (1, 0), epoch=99)) == []
+    c.retire("g", 0, State.ABORTED, 4)
+    c.retire("g", 1, State.ABORTED, 4)
+    assert c.is_idle and c.apply(late) == []
+    fill(c, 2)  # the same id again: a new epoch
+    assert c.apply(late) == []
+
+
+def test_a_failed_verdict_prunes_nothing_and_the_next_window_goes_on():
+    c = coordinator(preset="paper", cut="tokens", k2=1)
+    fill(c, 3)
+    for length in range(1, 5):
+        step(c, [0, 1], length)
+    failed = JudgeResult("g", c.runs["g"].group.epoch, error="no verdict")
+    assert c.apply(failed) == []
+    for length in range(5, 9):
+        step(c, [0, 1, 2], length)
+    assert [trace.sibling for trace in c.judge.tasks[-1].traces] == [2]  # type: ignore[union-attr]
+
+
+def test_siblings_that_come_after_the_decision_need_not_start():
+    c = coordinator(preset="latency")
+    for index in range(4):
+        c.admit("g", index, 8, {}, 100)
+    for index in range(3):
+        end(c, index, 1)
+    assert c.admit("g", 5, 8, {}, 100) == (5, State.NOT_STARTED)
+
+
+def test_the_last_output_waits_for_the_fence_and_equal_answers_become_one_vote():
+    c = coordinator(preset="collect")
+    fill(c, 2)
+    end(c, 0, 8)
+    c.vote("g", 1, [0, 0, 9], False)
+    retired = c.retire("g", 1, State.FINISHED, 3)
+    assert retired is not None and retired.is_pending and retired.group is None
+    assert c.settle("g") is None
+    c.fence.answers = [(0, True)]  # type: ignore[union-attr]
+    (command,) = c.poll()
+    assert isinstance(command, FenceResult) and command.is_same is True
+    c.apply(command)
+    record = c.settle("g")
+    assert record is not None and [votes for _, votes in record.votes] == [2]
+    assert c.is_idle
+
+
+def test_three_finishers_without_an_answer_release_the_group():
+    c = coordinator(preset="latency")
+    fill(c, 8)
+    for index in range(3):
+        assert end(c, index, 7) == []
+    assert c.runs["g"].group.is_released
+    for index in range(3, 8):
+        assert end(c, index, 1) == []
+    assert c.is_idle
+
+
+def test_a_client_side_group_closes_by_time_and_then_decides():
+    c = coordinator(preset="latency", group_timeout_s=10.0)
+    for expected in range(4):
+        assert c.admit("g", ABSENT, 0, {}, 100) == (expected, None)
+    for index in range(3):
+        assert end(c, index, 1) == []  # others may still come: nothing is decided
+    assert c.poll() == []
+    c.clock.now = 11.0  # type: ignore[attr-defined]
+    (command,) = c.poll()
+    assert isinstance(command, Close)
+    assert [stop.index for stop in c.apply(command)] == [3]
+
+
+def test_siblings_that_nobody_sends_are_not_waited_for_for_ever():
+    c = coordinator(preset="collect", group_timeout_s=10.0)
+    c.admit("g", 0, 3, {}, 100)
+    end(c, 0, 1)
+    assert not c.is_idle
+    c.clock.now = 11.0  # type: ignore[attr-defined]
+    for command in c.poll():
+        c.apply(command)
+    assert c.is_idle
+
+
+def test_an_abandoned_group_is_not_opened_again_by_late_siblings():
+    c = coordinator()
+    c.admit("g", 0, 3, {}, 100)
+    c.abandon()
+    assert c.is_idle and c.admit("g", 1, 3, {}, 100) is None
+    assert c.admit("h", 0, 3, {}, 100) == (0, None)
+
+
+def test_aborts_leave_fewer_voters_and_can_decide():
+    c = coordinator(preset="latency")
+    fill(c, 16)
+    for index, answer in enumerate([1, 2, 1, 1]):
+        end(c, index, answer)
+    assert not c.runs["g"].group.is_decided
+    for aborted in range(4, 15):
+        c.retire("g", aborted, State.ABORTED, 2)
+        if stops := c.lost("g"):
+            break
+    assert [stop.index for stop in stops] == list(range(aborted + 1, 16))
+    assert c.runs["g"].group.is_decided
