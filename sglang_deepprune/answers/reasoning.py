@@ -1,0 +1,60 @@
+"""Separates the reasoning of a trace from what follows it, for the marks that models use.
+
+Knows `<think>` and its relatives, `[THINK]`, `◁think▷`, begin/end-of-thought tokens and the
+`<|channel|>` style. A closing mark without an opening one (the chat template opened the block)
+makes everything before it reasoning. A block that is never closed is a cut trace.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_TAGS = r"(?:\w{1,12}:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|scratchpad|reflection|analysis)"
+_MARK = re.compile(
+    rf"""
+    (?P<open><{_TAGS}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>
+        |<\|?channel\|?>\s*(?:analysis|thought|commentary)\b)
+  | (?P<close></{_TAGS}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>
+        |<\|?channel\|?>\s*final\b|<channel\|>)
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+# What chat templates leave in a text: a border between sentences, never part of an answer.
+_CONTROL = re.compile(r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</?s>|<(?:eos|bos|end_of_turn|start_of_turn)>")
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """`outside`, latest first, is what was said outside; `inside` the closed blocks."""
+
+    outside: tuple[str, ...]
+    inside: str
+    is_open: bool  # The last block was never closed.
+
+
+def split_reasoning(text: str, *, starts_inside: bool = False) -> Split:
+    """Cut a trace at its thinking marks."""
+    outside: list[str] = []
+    inside: list[str] = []
+    is_open, position = starts_inside, 0
+    for mark in _MARK.finditer(text):
+        if mark["open"] is not None and is_open:
+            continue
+        span = text[position : mark.start()]
+        if mark["open"] is not None:
+            outside.append(span)
+        else:
+            inside.extend(outside if not is_open else ())
+            outside = [] if not is_open else outside
+            inside.append(span)
+        is_open, position = mark["open"] is not None, mark.end()
+    if not is_open:
+        outside.append(text[position:])
+    said = tuple(without_control(part) for part in reversed(outside) if part.strip())
+    return Split(said, without_control("\n".join(inside)), is_open)
+
+
+def without_control(text: str) -> str:
+    """Chat control tokens become line ends."""
+    return _CONTROL.sub("\n", text) if "<" in text else text
