@@ -25,6 +25,7 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
     judge = fence = None
     if is_leader:
         fence = Fence()
+        fence.warm_up()
         if config.judge != "none":
             judge = JudgeWorker(config.judge, config.judge_deadline_ms / 1000)
             judge.start()

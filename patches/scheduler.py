@@ -28,6 +28,8 @@ from sglang_deepprune.types import Close, FenceResult, JudgeResult
 logger = logging.getLogger(__name__)
 
 _COMMANDS = (JudgeResult, FenceResult, Close)
+_THINK_TAIL = 8  # tokens of the prompt's end
+_THINK_MARKS = ("<think>", "<thinking>", "<reasoning>", "[THINK]", "◁think▷")
 
 
 @dataclass(slots=True)
@@ -70,6 +72,7 @@ class Engine:
         admitted = self.coordinator.admit(
             tagged["gid"], tagged["index"], tagged["size"], wire.settings_of(tagged),
             req.sampling_params.max_new_tokens or 0,
+            starts_in_reasoning=self._opens_thinking(req.origin_input_ids),
         )  # fmt: skip
         if admitted is None:
             return False
@@ -86,6 +89,11 @@ class Engine:
         if end is not None:
             self._answer(req, end)
         return end is not None
+
+    def _opens_thinking(self, prompt_ids: Sequence[int]) -> bool:
+        """Some chat templates end the prompt with an open think block (DeepSeek-R1)."""
+        tail = self.coordinator.decode(prompt_ids[-_THINK_TAIL:]).rstrip()
+        return tail.endswith(_THINK_MARKS)
 
     # -- the decode step ---------------------------------------------------------------------
 

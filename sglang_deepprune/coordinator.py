@@ -66,6 +66,7 @@ class Run:
     group: Group
     max_new_tokens: int
     is_client_side: bool = False
+    starts_in_reasoning: bool = False
     cuts: dict[int, Cut] = field(default_factory=dict)
     traces: dict[int, Trace] = field(default_factory=dict)  # truncated, one a judged sibling
     in_flight: frozenset[int] = frozenset()  # siblings of the task that the judge has now
@@ -116,16 +117,26 @@ class Coordinator:
         return {"groups": len(self.runs), "questions": len(self._asked)}
 
     def admit(
-        self, group_id: str, index: int, size: int, settings: Mapping[str, Any], max_new_tokens: int
+        self,
+        group_id: str,
+        index: int,
+        size: int,
+        settings: Mapping[str, Any],
+        max_new_tokens: int,
+        *,
+        starts_in_reasoning: bool = False,
     ) -> tuple[int, State | None] | None:
         """A sibling arrives. Returns its index, and an end state when it need not start at all.
 
-        None: its group was abandoned, it is a plain request."""
+        None: its group was abandoned, it is a plain request. `starts_in_reasoning`: the prompt has
+        opened the think block, so a trace without marks is all thinking.
+        """
         run = self.runs.get(group_id)
         if run is None and group_id in self._abandoned:
             return None
         if run is None:
             run = self._open(group_id, index, size, settings, max_new_tokens)
+            run.starts_in_reasoning = starts_in_reasoning
         group = run.group
         if index == ABSENT:
             taken = [i for i, s in group.siblings.items() if s.state is not State.EXPECTED]
@@ -173,7 +184,12 @@ class Coordinator:
         sibling.doom = None
         sibling.num_tokens = len(output_ids)
         text = self.decode(output_ids[-ANSWER_TAIL_TOKENS:])
-        found = extract(text, is_cut=is_cut, json_field=group.config.answer_field or None)
+        found = extract(
+            text,
+            is_cut=is_cut,
+            json_field=group.config.answer_field or None,
+            starts_in_reasoning=run.starts_in_reasoning,
+        )
         sibling.answer = found.answer if found else None
         sibling.has_voted = True
         if index in run.traces:

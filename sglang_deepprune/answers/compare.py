@@ -4,7 +4,7 @@ Beyond equal canonical strings it uses exact rational arithmetic and the rules f
 tuples, intervals, names) and units. True and False are certain, None means that only the slow
 path (`equivalence`) can tell. No sympy, no I/O, no clock: every tensor-parallel rank gets the
 same result, so a vote may act on it in its own step.
-`match` is shared with the slow path, which passes a stronger comparer for bare expressions.
+`decide` is shared with the slow path, which passes a stronger comparer for bare expressions.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Rules:
 
     expressions: Comparer
     equations: Callable[[Equation, Equation], Decision]
+    # Pairs of members looked at for one decision: nested sets would otherwise cost seconds.
+    max_pairs: int = 2048
 
 
 def compare(a: str, b: str) -> bool | None:
@@ -48,7 +50,16 @@ def decide(a: str, b: str, rules: Rules) -> Decision:
     if left.startswith("sha256:") or right.startswith("sha256:"):
         return None
     left, right = _labels(left, right)
-    return _match_texts(left, right, rules, 0)
+    return _match_texts(left, right, _Work(rules.expressions, rules.equations, rules.max_pairs), 0)
+
+
+@dataclass(slots=True)
+class _Work:
+    """One decision's rules and what is left of its work."""
+
+    expressions: Comparer
+    equations: Callable[[Equation, Equation], Decision]
+    num_left: int
 
 
 def _labels(left: str, right: str) -> tuple[str, str]:
@@ -61,12 +72,13 @@ def _labels(left: str, right: str) -> tuple[str, str]:
     return forms[0], forms[1]
 
 
-def _match_texts(a: str, b: str, rules: Rules, depth: int) -> Decision:
+def _match_texts(a: str, b: str, work: _Work, depth: int) -> Decision:
     if a == b:
         return True
-    if depth > _MAX_NESTING:
+    work.num_left -= 1
+    if depth > _MAX_NESTING or work.num_left < 0:
         return None
-    return _any(match(x, y, rules, depth) for x in read_shapes(a) for y in read_shapes(b))
+    return _any(match(x, y, work, depth) for x in read_shapes(a) for y in read_shapes(b))
 
 
 def _any(decisions: Iterable[Decision]) -> Decision:
@@ -89,18 +101,18 @@ def _all(decisions: Iterable[Decision]) -> Decision:
     return seen
 
 
-def match(x: Shape, y: Shape, rules: Rules, depth: int = 0) -> Decision:
+def match(x: Shape, y: Shape, work: _Work, depth: int = 0) -> Decision:
     """Whether two shapes are the same answer."""
     if _RANK[type(x)] > _RANK[type(y)]:
         x, y = y, x
 
     def texts(a: str, b: str) -> Decision:
-        return _match_texts(canonical(a), canonical(b), rules, depth + 1)
+        return _match_texts(canonical(a), canonical(b), work, depth + 1)
 
     if isinstance(y, Named):
-        return _match_named(x, y, rules, depth)
+        return _match_named(x, y, work, depth)
     if isinstance(x, Value) and isinstance(y, Value):
-        return agree(x.text, y.text, rules.expressions)
+        return agree(x.text, y.text, work.expressions)
     if isinstance(x, Nothing) or isinstance(y, Nothing):
         return isinstance(x, Nothing) and isinstance(y, Nothing)
     if isinstance(x, Many) and isinstance(y, Many):
@@ -112,7 +124,7 @@ def match(x: Shape, y: Shape, rules: Rules, depth: int = 0) -> Decision:
     if isinstance(x, Many) and isinstance(y, Matrix):
         return _match_vector(x, y, texts)
     if isinstance(y, Equation):
-        return _match_equation(x, y, rules, texts)
+        return _match_equation(x, y, work, texts)
     return False
 
 
@@ -137,24 +149,24 @@ def _match_many(x: Many, y: Many, texts: Comparer) -> Decision:
     return _all([covered, *(_any(texts(a, b) for a in x.members) for b in y.members)])
 
 
-def _match_equation(x: Shape, y: Equation, rules: Rules, texts: Comparer) -> Decision:
+def _match_equation(x: Shape, y: Equation, work: _Work, texts: Comparer) -> Decision:
     if isinstance(x, Equation):
-        return rules.equations(x, y)
+        return work.equations(x, y)
     # `2+2=4` as an answer says 4.
     is_sum = isinstance(x, Value) and exact_value(canonical(y.left)) is not None
     return texts(x.text, y.right) if isinstance(x, Value) and is_sum else False
 
 
-def _match_named(x: Shape, y: Named, rules: Rules, depth: int) -> Decision:
+def _match_named(x: Shape, y: Named, work: _Work, depth: int) -> Decision:
     def texts(a: str, b: str) -> Decision:
-        return _match_texts(canonical(a), canonical(b), rules, depth + 1)
+        return _match_texts(canonical(a), canonical(b), work, depth + 1)
 
     if isinstance(x, Named):
         return _match_names(x, y, texts)
     if len(y.names) == 1 and isinstance(x, Equation):
-        return rules.equations(x, Equation(y.names[0], y.values[0]))
+        return work.equations(x, Equation(y.names[0], y.values[0]))
     if len(y.names) == 1 and depth <= _MAX_NESTING:
-        return _any(match(x, s, rules, depth + 1) for s in read_shapes(canonical(y.values[0])))
+        return _any(match(x, s, work, depth + 1) for s in read_shapes(canonical(y.values[0])))
     if isinstance(x, Many):
         is_one_name = len(set(y.names)) == 1
         return _match_many(x, Many("list" if is_one_name else "tuple", y.values), texts)

@@ -2,9 +2,10 @@
 
 A tree is a nested tuple: `("num", Fraction)`, `("sym", name)`, `("neg", x)`, `("add", x, y)`,
 `("mul", x, y)`, `("div", x, y)`, `("pow", x, y)`, `("root", x, n)`, `("fact", x)`, `("abs", x)`,
-`("choose", n, k)`, `("log", x, base)` or `("fn", name, x)`; a `log` without a base stays one. Numbers are exact: decimals, `2 2/3`,
-`0.\\overline{6}`, `6.02e23`. Whatever is not plainly an expression raises `Unreadable`: a word
-must never become a product of its letters. Length and depth are bounded.
+`("choose", n, k)`, `("log", x, base)` or `("fn", name, x)`; a `log` without a base stays one.
+Numbers are exact: decimals, `2 2/3`, `0.\\overline{6}`, `6.02e23`. Whatever is not plainly an
+expression raises `Unreadable`: a word must never become a product of its letters. Length and
+depth are bounded.
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 
 def split_top(text: str, separators: tuple[str, ...]) -> list[str]:
     """Split at separators outside all brackets."""
+    if not any(separator in text for separator in separators):
+        return [text]
     parts, depth, start, index = [], 0, 0, 0
     while index < len(text):
         c = text[index]
