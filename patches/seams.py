@@ -133,6 +133,19 @@ SCHEDULER = (
 )  # fmt: skip
 
 
+def table() -> str:
+    """The seam table as Markdown; docs/design.md holds it, and a test compares the two."""
+    lines = ["| seam | kind | versions | why | reads |", "| --- | --- | --- | --- | --- |"]
+    for seam in PARSER + TOKENIZER + SCHEDULER:
+        versions = f"before {seam.until}" if seam.until else f"since {seam.since}"
+        module = seam.module.removeprefix("sglang.srt.")
+        lines.append(
+            f"| `{module}:{seam.name}` | {seam.kind.value} | {versions} | {seam.why} "
+            f"| {seam.reads} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def sglang_version() -> Version:
     """The installed SGLang. Raises SeamError where there is none."""
     try:

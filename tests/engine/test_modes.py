@@ -189,3 +189,12 @@ print("both")
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout.strip().endswith("both"), done.stderr[-2000:]
+
+
+def test_the_docs_hold_the_seam_table():
+    code = "from sglang_deepprune.patches import seams; print(seams.table())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=cpu_env(), capture_output=True, text=True, timeout=120
+    )
+    page = Path(__file__).resolve().parents[2] / "docs" / "design.md"
+    assert done.stdout.strip() and done.stdout.strip() in page.read_text()
