@@ -32,22 +32,24 @@ class Fan:
     asks: list[wire.Ask]  # [num_prompts]
     stem: str  # the request's own rid, "" when the server made it up
     group_ids: list[str] = field(default_factory=list)
+    ranks: list[int | None] = field(default_factory=list)  # a prompt's data-parallel rank
     rids: list[str] = field(default_factory=list)  # siblings that were sent
     num_calls: int = 0
     is_done: bool = False
 
-    def next_tag(self, rid: str) -> dict[str, Any] | None:
-        """The tag of the request that is being sent now; None for warm-ups and opted-out ones."""
+    def next_tag(self, rid: str) -> tuple[int | None, dict[str, Any] | None]:
+        """Rank and tag of the request that is being sent now; warm-ups and opted-out ones have no
+        tag."""
         call, self.num_calls = self.num_calls, self.num_calls + 1
         if call < self.num_prompts:
-            return None
+            return self.ranks[call], None
         prompt, index = divmod(call - self.num_prompts, self.num_siblings)
         self.is_done = call + 1 == self.num_prompts * (self.num_siblings + 1)
         self.rids.append(rid)
         ask = self.asks[prompt]
         if not ask.is_wanted:
-            return None
-        return wire.tag(
+            return None, None
+        return self.ranks[prompt], wire.tag(
             self.group_ids[prompt], index, self.num_siblings, ask.settings, rid=self.stem
         )
 
@@ -115,7 +117,18 @@ def _fan_of(self: Any, obj: Any) -> Fan | None:
         raise ConfigError("n", f"at most {wire.MOST_SIBLINGS} siblings a group, got {size}")
     fan = Fan(obj.batch_size, size, asks, _stem_of(obj.rid))
     fan.group_ids = [uuid.uuid4().hex for _ in range(obj.batch_size)]
+    fan.ranks = [
+        _rank_of(self, group_id) if ask.is_wanted else None
+        for group_id, ask in zip(fan.group_ids, asks, strict=True)
+    ]
     return fan
+
+
+def _rank_of(self: Any, group_id: str) -> int | None:
+    """One data-parallel rank a group: SGLang deals requests out one by one, and each scheduler
+    would see a part of the group. The DP controller honours it in every version."""
+    size = self.server_args.dp_size
+    return int(group_id[1:9], 16) % size if size > 1 else None
 
 
 def _is_session(obj: Any) -> bool:
@@ -136,9 +149,13 @@ def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any
     if params is not None and config_of(self.server_args) is not None:
         fan = _FAN.get()
         if fan is not None and not fan.is_done:
-            tagged = fan.next_tag(tokenized_obj.rid)
+            rank, tagged = fan.next_tag(tokenized_obj.rid)
         else:
             tagged = _client_side_tag(self, tokenized_obj)
+            rank = _rank_of(self, tagged["gid"]) if tagged is not None else None
+        # A rank that the user named stays.
+        if rank is not None and tokenized_obj.routed_dp_rank is None:
+            tokenized_obj.routed_dp_rank = rank
         custom = getattr(params, "custom_params", None)
         if tagged is not None or (custom and wire.KEY in custom):
             # The n siblings share one SamplingParams object in this process: tag a copy.

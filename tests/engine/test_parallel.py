@@ -1,0 +1,33 @@
+"""Two tensor-parallel and two data-parallel ranks: one decision a step, one rank a group (D11)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine import scenario
+from tests.engine.conftest import COMMON, MARKER
+from tests.engine.server import Server
+from tests.engine.test_groups import DECIDE, PAPER, PRUNE, ask, group_of, states
+
+# SGLang's CPU engine asks for one core a rank.
+CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+@pytest.mark.parametrize("flags", [("--tp", "2"), ("--dp", "2")], ids=["tp2", "dp2"])
+def test_a_group_is_whole_on_two_ranks(tiny, scripts_env, flags: tuple[str, str]):
+    with Server(tiny, *COMMON, *MARKER, *flags, env={**scripts_env, **CORES}) as server:
+        for _ in range(3):
+            outputs = ask(server, PRUNE, 8, PAPER)
+            assert states(outputs) == ["finished", "finished", *["pruned"] * 6]
+            assert outputs[0]["text"] == scenario.PROMPTS[PRUNE][0]
+            decided = ask(server, DECIDE, 12, {"preset": "latency"})
+            assert states(decided) == ["finished"] * 3 + ["decided"] * 9
+            fenced = ask(server, "fence: expand", 3, {"preset": "latency"})
+            assert [vote["votes"] for vote in group_of(fenced)["votes"]] == [2, 1]
+        server.wait_idle()
+        lines = server.log_lines("deepprune-verdict")
+        if flags[0] == "--tp":
+            # Both ranks log every verdict step: the same siblings, the same slots freed.
+            freed = [step["after"]["available"] - step["before"]["available"] for step in lines]
+            assert len(lines) % 2 == 0 and sorted(freed)[::2] == sorted(freed)[1::2]
+        assert set(server.log_lines("deepprune-tables")[-1].values()) == {0}
