@@ -20,8 +20,7 @@ if importlib.util.find_spec("sglang_deepprune") is None:
     # Behind everything else: nothing in the repository root may shadow an installed package.
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import report
-
+from sglang_deepprune import report
 from sglang_deepprune.answers import Extraction, Fence, canonical, compare, extract
 
 

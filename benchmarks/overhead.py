@@ -29,8 +29,8 @@ QUIET = ("--sleep-on-idle", "--max-running-requests", "64")
 
 
 def load(server: Server, rows: int, settings: Any) -> float:
-    """Seconds that `rows` siblings of TOKENS tokens take; no group unless `settings` ask for one."""
-    params = {"n": rows, "max_new_tokens": TOKENS, "ignore_eos": True, "temperature": 1.0}
+    """Seconds that `rows` siblings of TOKENS tokens take; `settings` may ask for a group."""
+    params: dict[str, Any] = {"n": rows, "max_new_tokens": TOKENS, "ignore_eos": True}
     if settings is not None:
         params["custom_params"] = {"deepprune": settings}
     start = time.perf_counter()
@@ -42,8 +42,8 @@ def load(server: Server, rows: int, settings: Any) -> float:
 def share_of_step(model: Path, passes: int) -> list[dict[str, Any]]:
     """Measurement 1, idle (no group) and, for comparison, with every row in a live group."""
     rows = []
-    with Server(model, *QUIET, "--enable-deepprune", "--deepprune-log-steps",
-                "--deepprune-judge", "none", strict=False, max_total_tokens=60000) as server:  # fmt: skip
+    flags = ("--enable-deepprune", "--deepprune-log-steps", "--deepprune-judge", "none")
+    with Server(model, *QUIET, *flags, strict=False, max_total_tokens=60000) as server:
         for state, settings in (("idle", False), ("group live", {"preset": "collect"})):
             for size in ROWS:
                 before = len(server.log_lines("deepprune-steps"))
@@ -65,9 +65,7 @@ def share_of_step(model: Path, passes: int) -> list[dict[str, Any]]:
 def interval(ratios: list[float], draws: int = 10000) -> tuple[float, float]:
     """95 % bootstrap interval of the median, seeded."""
     rng = random.Random(0)
-    medians = sorted(
-        statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(draws)
-    )
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(draws))
     return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 

@@ -86,7 +86,7 @@ def play(original: Callable[..., Any], self: Any, logits_output: Any, forward_ba
             continue
         prompt_len, tokens = known
         due = int(lengths[row]) - prompt_len
-        if 0 <= due:
+        if due >= 0:
             ids[row] = tokens[min(due, len(tokens) - 1)]
         if due >= len(tokens):
             _by_rid.pop(rid, None)

@@ -12,7 +12,6 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
 
-from sglang_deepprune import __version__
 from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
 from sglang_deepprune.patches.build import build_engine
 from sglang_deepprune.patches.scheduler import _COMMANDS, Engine
@@ -152,9 +151,7 @@ def stream_output(
     return original(self, reqs, return_logprob, skip_req)
 
 
-def send_output(
-    original: Callable[..., Any], self: Any, output: Any, recv_obj: Any = None
-) -> Any:
+def send_output(original: Callable[..., Any], self: Any, output: Any, recv_obj: Any = None) -> Any:
     """AROUND `SenderWrapper.send_output`: the other door, for siblings aborted in a queue."""
     ours = _engine
     if ours is not None and isinstance(output, AbortReq):

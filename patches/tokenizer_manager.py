@@ -208,7 +208,7 @@ async def _unwrapped(responses: Any, obj: Any) -> AsyncIterator[Any]:
         async for response in responses:
             meta = response.get("meta_info") if isinstance(response, dict) else None
             reason = meta.get("finish_reason") if meta else None
-            if isinstance(reason, dict) and wire.KEY in reason:
+            if meta and isinstance(reason, dict) and wire.KEY in reason:
                 output.unpack(meta, reason, obj)
             yield response
     finally:

@@ -69,9 +69,7 @@ class DeepPruneConfig:
         "on", "Which n>1 requests are groups: all ('on'), or those that ask for it ('opt-in').",
         scope="server", choices=("on", "opt-in"),
     )  # fmt: skip
-    preset: str = _setting(
-        "latency", "Named policy: see the presets table.", choices=PRESETS
-    )
+    preset: str = _setting("latency", "Named policy: see the presets table.", choices=PRESETS)
     window: int = _setting(
         32, "W: decode steps between two looks at a group (paper, section 4.2).",
         low=1, high=4096, kind=int,
@@ -118,7 +116,7 @@ class DeepPruneConfig:
         "oracle:PATH, python:PKG.MOD:FACTORY (your own), none.", scope="server",
     )  # fmt: skip
     judge_deadline_ms: int = _setting(
-        10_000, "Milliseconds a judge has for one batch; then it gives no verdict and is restarted.",
+        10_000, "Milliseconds that a judge has for a batch; no verdict after that, and a restart.",
         scope="server", low=1, high=600_000, kind=int,
     )  # fmt: skip
     group_timeout_s: float = _setting(

@@ -175,7 +175,9 @@ class Coordinator:
             if group.steps % group.config.window == 0 and group.config.is_judged:
                 self._look(run, siblings)
 
-    def vote(self, group_id: str, index: int, output_ids: Sequence[int], is_cut: bool) -> list[Stop]:
+    def vote(
+        self, group_id: str, index: int, output_ids: Sequence[int], is_cut: bool
+    ) -> list[Stop]:
         """A sibling has reached its natural end: its ballot, and what follows from it."""
         run = self.runs.get(group_id)
         if run is None or run.group.siblings[index].has_voted:

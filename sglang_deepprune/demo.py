@@ -199,7 +199,9 @@ def main(argv: Sequence[str]) -> int:
             outcomes, seconds = runner.run(mode, asked)
             plain = plain or outcomes
             rows.append(row_of(mode, outcomes, seconds, plain))
-            console.print(f"{mode.name}: {seconds:.1f} s, {rows[-1]['tokens']:.0f} tokens a question")
+            console.print(
+                f"{mode.name}: {seconds:.1f} s, {rows[-1]['tokens']:.0f} tokens a question"
+            )
     rows = with_ratios(rows, rows[0], ["tokens", "seconds"])
     title = f"{args.questions} questions, n={args.n}, temperature 1, same seeds in every mode"
     print_table(rows, title)

@@ -1,8 +1,8 @@
 """A group: the siblings of one prompt and where each of them stands. No I/O, no clock, no engine.
 
-A sibling's life: EXPECTED -> QUEUED -> RUNNING -> one of the end states, each exactly once. A doomed
-sibling has its end state chosen (`doom`) while the engine still has to end it. Policies read this
-state and answer with a Plan; only the coordinator changes it.
+A sibling's life: EXPECTED -> QUEUED -> RUNNING -> one of the end states, each exactly once. A
+doomed sibling has its end state chosen (`doom`) while the engine still has to end it. Policies read
+this state and answer with a Plan; only the coordinator changes it.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class LocalServer:
     ):
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log_file = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)
+        # Kept after the server: its end is where a failed start is explained.
+        self.log_file = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115
         cpu = () if has_gpu() else (*CPU_FLAGS, "--max-total-tokens", str(max_total_tokens))
         self.process = subprocess.Popen(
             [*command, "--model-path", str(model), "--host", "127.0.0.1", "--port", str(self.port),

@@ -56,10 +56,10 @@ _SMALL = (2, 9, 2, 9)
 _MEDIUM = (12, 49, 3, 9)
 _LARGE = (13, 39, 13, 39)
 _LEVELS = {
-    "easy": _Level((3, 5), 60, 0.2, ()),
-    "middle": _Level((6, 9), 99, 0.3, (_SMALL,)),
-    "hard": _Level((10, 14), 99, 0.35, (_SMALL, _MEDIUM)),
-    "hopeless": _Level((14, 20), 99, 0.35, (_MEDIUM, _LARGE)),
+    "easy": _Level((3, 4), 50, 0.15, ()),
+    "middle": _Level((5, 7), 60, 0.2, ()),
+    "hard": _Level((9, 12), 70, 0.2, (_SMALL,)),
+    "hopeless": _Level((13, 17), 99, 0.3, (_SMALL, _LARGE)),
 }
 
 

@@ -26,15 +26,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-LEARNING_RATE = 3e-3
-BATCH_TOKENS = 4096  # padded tokens in a batch
+# Muon for the matrices: at equal time it reached half the loss that AdamW alone did.
+MUON_RATE, ADAM_RATE = 0.02, 4e-3
+BATCH_TOKENS = 2560  # padded tokens in a batch
 POOL = 512  # traces sorted by length before they are cut into batches
 MAX_POSITIONS = 2048
-SLIP, MISSED = 0.04, 0.25  # wrong steps in the training traces, and how many of them go unseen
+SLIP, MISSED = 0.03, 0.2  # wrong steps in the training traces, and how many of them go unseen
 RAW_SHARE = 0.25  # traces that follow the bare question, without the chat template
 # Share of each level in training, at the start and at the end: short traces teach arithmetic first.
-FIRST_MIX = (0.55, 0.35, 0.08, 0.02)
-LAST_MIX = (0.22, 0.28, 0.28, 0.22)
+FIRST_MIX = (0.96, 0.04, 0.0, 0.0)
+LAST_MIX = (0.25, 0.3, 0.3, 0.15)
 CURRICULUM = 0.4  # the mixture moves during this first part of the run
 
 
@@ -117,24 +118,37 @@ def _cut(examples: list[tuple[list[int], int]]) -> Iterator[list[tuple[list[int]
     yield batch
 
 
-def learning_rate(progress: float) -> float:
-    """Warm-up over the first 2 % of the run, then a cosine down to 2 % of the peak."""
-    warm = min(progress / 0.02, 1.0)
-    return LEARNING_RATE * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
+def schedule(progress: float) -> float:
+    """Share of the peak rate: warm-up over 3 % of the run, then a cosine down to 2 %."""
+    warm = min(progress / 0.03, 1.0)
+    return warm * (0.02 + 0.98 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
+
+
+def build_optimizers(model: Any) -> list[Any]:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    import torch
+
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_RATE, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def train(minutes: float, seed: int, steps: int | None = None) -> tuple[Any, Any, dict[str, Any]]:
     """Train a reasoner; the model, its tokenizer, and what the card says about the run."""
     import torch
+    from torch.optim.lr_scheduler import LambdaLR
     from tqdm import tqdm
 
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05
-    )
     stream = TraceStream(tokenizer, seed)
+    optimizers = build_optimizers(model)
+    rates = [LambdaLR(one, lambda _: schedule(stream.progress)) for one in optimizers]
     started, done, average = time.monotonic(), 0, 0.0
     with tqdm(total=steps or round(minutes * 60), unit="step" if steps else "s") as bar:
         for ids, targets in stream:
@@ -142,7 +156,9 @@ def train(minutes: float, seed: int, steps: int | None = None) -> tuple[Any, Any
             stream.progress = done / steps if steps else elapsed / (minutes * 60)
             if stream.progress >= 1:
                 break
-            loss = _step(model, optimizer, ids, targets, learning_rate(stream.progress))
+            loss = _step(model, optimizers, ids, targets)
+            for rate in rates:
+                rate.step()
             done += 1
             average += (loss - average) * max(0.02, 1 / done)
             bar.update((done if steps else round(elapsed)) - bar.n)
@@ -159,19 +175,18 @@ def train(minutes: float, seed: int, steps: int | None = None) -> tuple[Any, Any
     return model, tokenizer, run
 
 
-def _step(model: Any, optimizer: Any, ids: Any, targets: Any, rate: float) -> float:
+def _step(model: Any, optimizers: list[Any], ids: Any, targets: Any) -> float:
     import torch
     from torch.nn.functional import cross_entropy
 
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     # Rows are padded on the right, so the causal mask alone keeps padding out.
     logits = model(input_ids=ids, use_cache=False).logits
     loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return float(loss.detach())
 
 

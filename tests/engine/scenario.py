@@ -6,6 +6,7 @@ All traces of a prompt start with the same words, so only the marker tells them 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.scripted import write_scripts
@@ -89,7 +90,7 @@ def token_lists(tokenizer: object, texts: list[str]) -> list[list[int]]:
 
 def write(tokenizer: object, path: Path) -> None:
     """The script file for all prompts, both as plain text and as a chat."""
-    scripts = {}
+    scripts: dict[tuple[int, ...], Sequence[Sequence[int]]] = {}
     for prompt, texts in PROMPTS.items():
         tokens = token_lists(tokenizer, texts)
         scripts[tuple(tokenizer.encode(prompt))] = tokens  # type: ignore[attr-defined]

@@ -59,7 +59,7 @@ def test_d1_the_official_client_reads_reply_and_stream(scripted: Server):
     }  # fmt: skip
     reply = client.chat.completions.create(**said)
     assert [choice.finish_reason for choice in reply.choices] == ["stop", "length"] * 2
-    assert reply.metadata["deepprune"]["answer"] is not None  # type: ignore[attr-defined]
+    assert reply.metadata["deepprune"]["answer"] is not None
     ends: list[int] = []
     last = None
     for chunk in client.chat.completions.create(**said, stream=True):
@@ -67,7 +67,7 @@ def test_d1_the_official_client_reads_reply_and_stream(scripted: Server):
         ends += [choice.index for choice in chunk.choices if choice.finish_reason]
     assert sorted(ends) == [0, 1, 2, 3]
     assert last is not None and last.choices == []
-    assert last.metadata["deepprune"]["settled"] is True  # type: ignore[attr-defined]
+    assert last.metadata["deepprune"]["settled"] is True
 
 
 def test_d2_the_warm_up_is_not_a_sibling(scripted: Server):
@@ -154,9 +154,7 @@ def test_d6_pruning_while_the_pool_is_too_small(tiny, scripts_env, page_size: st
     """Retraction and verdicts in the same steps; the strict checks stand in for a second owner."""
     flags = ("--page-size", page_size, "--max-running-requests", "8")
     settings = {"preset": "paper", "k2": 2, **CUT}
-    with Server(
-        tiny, *COMMON, *MARKER, *flags, env=scripts_env, max_total_tokens=640
-    ) as server:
+    with Server(tiny, *COMMON, *MARKER, *flags, env=scripts_env, max_total_tokens=640) as server:
         for _ in range(6):
             outputs = ask(server, "prune: what is 12 + 3 =", 8, settings)
             assert all(out["meta_info"]["finish_reason"]["type"] != "abort" for out in outputs)
@@ -189,9 +187,7 @@ def test_d8_reasoning_stays_with_its_choice(scripted: Server):
 
 
 def test_d9_a_stop_string_inside_the_thinking_is_an_abstention(scripted: Server):
-    outputs = ask(
-        scripted, "D9: stop", 4, {"preset": "paper", "k2": 2, **CUT}, stop=["\n\n"]
-    )
+    outputs = ask(scripted, "D9: stop", 4, {"preset": "paper", "k2": 2, **CUT}, stop=["\n\n"])
     group = group_of(outputs)
     assert [output["text"].strip() for output in outputs[:2]] == ["wait", "thus"]
     # They fill no place among the K2: both others run to their end and vote.

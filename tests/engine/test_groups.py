@@ -1,4 +1,4 @@
-"""Groups in a real server on scripted tokens: what is stopped, when its KV is free, what comes back.
+"""Groups in a real server on scripted tokens: what stops, when its KV is free, what comes back.
 
 Runs in each configuration of conftest.CONFIGS, strict memory checks on.
 """
@@ -118,10 +118,10 @@ def test_siblings_share_the_prompt_and_usage_counts_every_token(scripted: Server
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
 def test_a_stream_has_one_terminal_chunk_a_choice_and_the_record_last(scripted: Server, path: str):
-    said = {"model": "m", "n": 8, "max_tokens": 400, "temperature": 1.0,
-            "custom_params": {"deepprune": PAPER}}  # fmt: skip
+    custom = {"deepprune": PAPER}
+    said: dict[str, Any] = {"model": "m", "n": 8, "max_tokens": 400, "custom_params": custom}
     if path == "/generate":
-        params = {"n": 8, "max_new_tokens": 400, "custom_params": {"deepprune": PAPER}}
+        params = {"n": 8, "max_new_tokens": 400, "custom_params": custom}
         said = {"text": PRUNE, "sampling_params": params}
     elif path == "/v1/completions":
         said["prompt"] = PRUNE
@@ -186,9 +186,7 @@ def test_return_filters_choices_but_not_the_usage(scripted: Server, returns: str
 
 
 def test_a_request_can_opt_out_and_then_nothing_is_stopped(scripted: Server, tokenizer):
-    outputs = scripted.generate(
-        DECIDE, n=4, max_new_tokens=400, custom_params={"deepprune": False}
-    )
+    outputs = scripted.generate(DECIDE, n=4, max_new_tokens=400, custom_params={"deepprune": False})
     # Without a tag siblings are told apart by arrival: each plays some whole script.
     assert {output["text"] for output in outputs} <= set(scenario.PROMPTS[DECIDE])
     group = outputs[0]["meta_info"]["deepprune"]["group"]
@@ -216,7 +214,8 @@ def test_every_prompt_of_a_list_is_a_group_of_its_own(scripted: Server):
 def test_a_bad_setting_is_a_400_that_names_it(scripted: Server, path: str, settings, named: str):
     custom = {"deepprune": settings}
     if path == "/generate":
-        body = {"text": PRUNE, "sampling_params": {"n": 2, "custom_params": custom}}
+        params = {"n": 2, "custom_params": custom}
+        body: dict[str, Any] = {"text": PRUNE, "sampling_params": params}
     elif path == "/v1/completions":
         body = {"model": "m", "prompt": PRUNE, "n": 2, "custom_params": custom}
     else:

@@ -1,4 +1,4 @@
-"""Ways to start: command line, YAML, several tokenizer processes, Engine, flag off, refusals (D7)."""
+"""Ways to start: command line, YAML, tokenizer processes, Engine, flag off, refusals (D7)."""
 
 from __future__ import annotations
 

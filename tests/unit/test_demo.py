@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_the_view_follows_a_stream():
 
 
 def outcome(answer: str | None, tokens: int) -> Outcome:
-    choices = [
+    choices: list[dict[str, Any]] = [
         {"answer": "4", "tokens": tokens, "state": "finished"},
         {"answer": None, "tokens": 3, "state": "pruned"},
     ]
