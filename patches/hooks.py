@@ -40,7 +40,7 @@ def add_request_to_queue(
     """AROUND `Scheduler._add_request_to_queue`."""
     ours = _engine
     custom = req.sampling_params.custom_params
-    if ours is None or not custom or wire.TAG not in custom:
+    if ours is None or not custom or not wire.is_ours(custom, ours.token):
         return original(self, req, is_retracted)
     if ours.guard(ours.admit, req):
         return None

@@ -22,6 +22,7 @@ from sglang_deepprune.coordinator import Command, Coordinator, Retired, Stop
 from sglang_deepprune.group import State
 from sglang_deepprune.noise import sibling_seed
 from sglang_deepprune.patches import finish, sampling, wire
+from sglang_deepprune.patches.server_args import token_of
 from sglang_deepprune.patches.steplog import StepLog
 from sglang_deepprune.types import Close, FenceResult, JudgeResult
 
@@ -53,6 +54,7 @@ class Engine:
         self.rids: dict[tuple[str, int], str] = {}  # (group, index) -> rid
         self.held: dict[str, tuple[Any, Retired]] = {}  # group -> its last output, vote not counted
         self.outbox: list[Command] = []  # the leader's, until seen back in the broadcast
+        self.token = token_of(scheduler.server_args)
         self.is_deterministic = bool(scheduler.server_args.enable_deterministic_inference)
         self.steps = StepLog(scheduler, config.log_steps)
         self._faults: set[str] = set()

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,25 +31,30 @@ _ENGINE_MODULE = "sglang.srt.entrypoints.engine"
 
 
 class Carrier:
-    """Our settings on `server_args`; unpickling one activates the plugin in that process."""
+    """Our settings on `server_args`; unpickling one activates the plugin in that process.
 
-    def __init__(self, config: DeepPruneConfig):
+    `token` is drawn at each start and shared by the server's processes alone: a tag that carries it
+    was made by our tokenizer side and not by a client.
+    """
+
+    def __init__(self, config: DeepPruneConfig, token: str = ""):
         self.config = config
+        self.token = token or secrets.token_hex(8)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _restore, (dataclasses.asdict(self.config),)
+        return _restore, (dataclasses.asdict(self.config), self.token)
 
     def __repr__(self) -> str:
         return f"Carrier({self.config!r})"
 
 
-def _restore(values: dict[str, Any]) -> Carrier:
+def _restore(values: dict[str, Any], token: str) -> Carrier:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
     config = DeepPruneConfig(**values)
     activate(config, everywhere=False)
-    return Carrier(config)
+    return Carrier(config, token)
 
 
 def add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
@@ -120,6 +126,11 @@ def config_of(server_args: Any) -> DeepPruneConfig | None:
     """The settings that `server_args` carries, or None where the plugin is off."""
     carrier = getattr(server_args, ATTRIBUTE, None)
     return carrier.config if carrier is not None and carrier.config.enable else None
+
+
+def token_of(server_args: Any) -> str:
+    """What proves that a tag is ours."""
+    return str(getattr(server_args, ATTRIBUTE).token)
 
 
 def _attach(server_args: Any, values: dict[str, Any]) -> None:

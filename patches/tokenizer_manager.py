@@ -19,7 +19,7 @@ from typing import Any
 
 from sglang_deepprune.config import ConfigError
 from sglang_deepprune.patches import output, wire
-from sglang_deepprune.patches.server_args import config_of
+from sglang_deepprune.patches.server_args import config_of, token_of
 from sglang_deepprune.types import ABSENT
 
 
@@ -31,6 +31,7 @@ class Fan:
     num_siblings: int  # a prompt
     asks: list[wire.Ask]  # [num_prompts]
     stem: str  # the request's own rid, "" when the server made it up
+    token: str  # see server_args.Carrier
     group_ids: list[str] = field(default_factory=list)
     ranks: list[int | None] = field(default_factory=list)  # a prompt's data-parallel rank
     rids: list[str] = field(default_factory=list)  # siblings that were sent
@@ -50,8 +51,9 @@ class Fan:
         if not ask.is_wanted:
             return None, None
         return self.ranks[prompt], wire.tag(
-            self.group_ids[prompt], index, self.num_siblings, ask.settings, rid=self.stem
-        )
+            self.group_ids[prompt], index, self.num_siblings, ask.settings,
+            rid=self.stem, token=self.token,
+        )  # fmt: skip
 
 
 _FAN: contextvars.ContextVar[Fan | None] = contextvars.ContextVar("deepprune_fan", default=None)
@@ -115,7 +117,7 @@ def _fan_of(self: Any, obj: Any) -> Fan | None:
         return None
     if size > wire.MOST_SIBLINGS:
         raise ConfigError("n", f"at most {wire.MOST_SIBLINGS} siblings a group, got {size}")
-    fan = Fan(obj.batch_size, size, asks, _stem_of(obj.rid))
+    fan = Fan(obj.batch_size, size, asks, _stem_of(obj.rid), token_of(self.server_args))
     fan.group_ids = [uuid.uuid4().hex for _ in range(obj.batch_size)]
     fan.ranks = [
         _rank_of(self, group_id) if ask.is_wanted else None
@@ -157,7 +159,7 @@ def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any
         if rank is not None and tokenized_obj.routed_dp_rank is None:
             tokenized_obj.routed_dp_rank = rank
         custom = getattr(params, "custom_params", None)
-        if tagged is not None or (custom and wire.KEY in custom):
+        if tagged is not None or (custom and (wire.KEY in custom or wire.TAG in custom)):
             # The n siblings share one SamplingParams object in this process: tag a copy.
             tokenized_obj.sampling_params = params = copy.copy(params)
             params.custom_params = wire.with_tag(custom, tagged)
@@ -174,7 +176,8 @@ def _client_side_tag(self: Any, tokenized_obj: Any) -> dict[str, Any] | None:
     ask = wire.read_ask(config, custom)
     if not ask.group or not ask.is_wanted:
         return None
-    return wire.tag(_scoped(ask, tokenized_obj), ABSENT, ask.size, ask.settings)
+    group_id, token = _scoped(ask, tokenized_obj), token_of(self.server_args)
+    return wire.tag(group_id, ABSENT, ask.size, ask.settings, rid="", token=token)
 
 
 def _scoped(ask: wire.Ask, tokenized_obj: Any) -> str:

@@ -18,7 +18,7 @@ TAG = "__deepprune"  # ours, on the wire
 KEY = "deepprune"  # the users': request settings, and the reply's extension
 MOST_SIBLINGS = 4096
 
-_IDENTITY = ("gid", "index", "size", "rid")
+_IDENTITY = ("gid", "index", "size", "rid", "token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,18 @@ def read_ask(config: DeepPruneConfig, custom_params: Mapping[str, Any] | None) -
 
 
 def tag(
-    group_id: str, index: int, size: int, settings: Mapping[str, Any], rid: str = ""
+    group_id: str, index: int, size: int, settings: Mapping[str, Any], *, rid: str, token: str
 ) -> dict[str, Any]:
     """The wire form of one sibling's key and settings."""
-    return {"gid": group_id, "index": index, "size": size, "rid": rid, **settings}
+    return {
+        **settings, "gid": group_id, "index": index, "size": size, "rid": rid, "token": token
+    }  # fmt: skip
+
+
+def is_ours(custom_params: Mapping[str, Any] | None, token: str) -> bool:
+    """Whether a request carries a tag of this server. A client may write anything in there."""
+    tagged = (custom_params or {}).get(TAG)
+    return isinstance(tagged, Mapping) and tagged.get("token") == token
 
 
 def settings_of(tagged: Mapping[str, Any]) -> dict[str, Any]:

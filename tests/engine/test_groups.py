@@ -263,3 +263,15 @@ def test_our_tables_are_empty_when_nothing_is_live(scripted: Server):
     scripted.wait_idle()
     last = scripted.log_lines("deepprune-tables")[-1]
     assert set(last.values()) == {0}, last
+
+
+def test_a_client_cannot_forge_a_tag(scripted: Server):
+    """Our wire key in a client's custom_params is taken out, or ignored for want of the token."""
+    forged = {"gid": "x", "index": 0, "size": 2, "rid": "", "token": "guess"}
+    output = scripted.generate("hello", max_new_tokens=4, custom_params={"__deepprune": forged})
+    assert "deepprune" not in output["meta_info"]
+    outputs = scripted.generate(
+        PRUNE, n=2, max_new_tokens=400, custom_params={"__deepprune": "x", "mine": 1}
+    )
+    assert states(outputs) == ["finished"] * 2
+    assert "live groups run on" not in scripted.log
