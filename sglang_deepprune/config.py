@@ -217,6 +217,23 @@ def dest_of(spec: dataclasses.Field[Any]) -> str:
     return flag_of(spec)[2:].replace("-", "_")
 
 
+def settings_table() -> str:
+    """All settings as Markdown; docs/settings.md holds it, and a test compares the two."""
+    lines = [
+        "| flag | in a request | default | range | what it does |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for spec in fields(DeepPruneConfig):
+        low, high = spec.metadata["low"], spec.metadata["high"]
+        choices = spec.metadata["choices"]
+        bounds = ", ".join(choices) if choices else "" if low is None else f"{low:g} to {high:g}"
+        name = f"`{key_of(spec)}`" if spec.metadata["scope"] == "request" else "-"
+        default = "by preset" if spec.default is None else f"`{spec.default}`"
+        help = spec.metadata["help"].replace("|", "\\|")
+        lines.append(f"| `{flag_of(spec)}` | {name} | {default} | {bounds} | {help} |")
+    return "\n".join(lines) + "\n"
+
+
 def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
     """The value in its field's type, or ConfigError."""
     kind, name = spec.metadata["kind"], key_of(spec)

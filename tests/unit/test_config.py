@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from sglang_deepprune.config import ConfigError, DeepPruneConfig, dest_of, flag_of, request_fields
+from sglang_deepprune.config import (
+    ConfigError,
+    DeepPruneConfig,
+    dest_of,
+    flag_of,
+    request_fields,
+    settings_table,
+)
 
 
 def test_every_field_has_help_a_flag_and_a_scope():
@@ -50,3 +58,8 @@ def test_presets_decide_the_cut_only_where_nobody_else_did():
     assert DeepPruneConfig(preset="paper").cut_kind == "words"
     assert DeepPruneConfig(preset="latency").cut_kind == "tokens"
     assert DeepPruneConfig(preset="paper", cut="tokens").cut_kind == "tokens"
+
+
+def test_the_docs_hold_the_settings_table():
+    page = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
+    assert settings_table() in page.read_text()

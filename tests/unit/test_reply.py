@@ -1,0 +1,141 @@
+"""Settings on their way in, choices and records on their way out; no server, no SGLang."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_deepprune.config import ConfigError, DeepPruneConfig
+from sglang_deepprune.patches import output, wire
+from sglang_deepprune.types import ChoiceRecord, GroupRecord
+
+CONFIG = DeepPruneConfig(enable=True)
+
+
+def test_silence_means_the_servers_default():
+    assert wire.read_ask(CONFIG, None).is_wanted
+    opt_in = DeepPruneConfig(enable=True, default="opt-in")
+    assert not wire.read_ask(opt_in, {"mine": 1}).is_wanted
+    assert wire.read_ask(opt_in, {"deepprune": True}).is_wanted
+    assert not wire.read_ask(CONFIG, {"deepprune": False}).is_wanted
+    assert not wire.read_ask(CONFIG, {"deepprune": {"enabled": False}}).is_wanted
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [({"enabled": "yes"}, "enabled"), ({"group": 3}, "group"), ({"group": "x" * 300}, "group"),
+     ({"group": "g", "size": -1}, "size"), ({"size": 4}, "size"), ("yes", "custom_params"),
+     ({"group": "g", "size": 10**6}, "size")],
+)  # fmt: skip
+def test_a_bad_ask_names_its_field(asked: Any, field: str):
+    with pytest.raises(ConfigError) as caught:
+        wire.read_ask(CONFIG, {"deepprune": asked})
+    assert caught.value.field == field
+
+
+def test_a_tag_replaces_our_keys_and_leaves_the_callers_alone():
+    tagged = wire.tag("g", 0, 2, {"k1": 3}, rid="r", token="t")
+    sent = wire.with_tag({"mine": 1, "deepprune": {"k1": 3}, "__deepprune": "forged"}, tagged)
+    assert sent == {"mine": 1, "__deepprune": tagged}
+    assert wire.settings_of(tagged) == {"k1": 3}
+    assert wire.with_tag({"deepprune": True}, None) is None
+    assert wire.is_ours(sent, "t") and not wire.is_ours(sent, "other")
+    assert not wire.is_ours({"__deepprune": "x"}, "t") and not wire.is_ours(None, "t")
+
+
+def test_a_request_cannot_smuggle_a_group_through_its_settings():
+    tagged = wire.tag("g", 0, 2, {"gid": "another", "token": "guess"}, rid="", token="t")
+    assert tagged["gid"] == "g" and tagged["token"] == "t"
+
+
+def choice(index: int, state: str = "finished", tokens: int = 5) -> dict[str, Any]:
+    return ChoiceRecord(index, state, tokens, answer="4").to_json()
+
+
+def group(states: list[str], winner: int | None = 0) -> dict[str, Any]:
+    choices = tuple(ChoiceRecord(i, state, 5) for i, state in enumerate(states))
+    return GroupRecord("g", True, "x", size=len(states), winner=winner, choices=choices,
+                       generated_tokens=5 * len(states)).to_json()  # fmt: skip
+
+
+def reply(index: int, record: dict[str, Any] | None = None, end: bool = True) -> dict[str, Any]:
+    ours: dict[str, Any] = {"choice": choice(index)}
+    if record:
+        ours["group"] = record
+    reason = {"type": "stop"} if end else None
+    meta = {"completion_tokens": 5, "finish_reason": reason, "deepprune": ours if end else {}}
+    return {"text": f"text {index}", "index": index, "meta_info": meta}
+
+
+def ask(returns: str = "all", wanted: bool = True) -> wire.Ask:
+    return wire.Ask(wanted, True, returns=returns)
+
+
+STATES = ["pruned", "finished", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("returns", "kept"), [("all", [0, 1, 2]), ("survivors", [1, 2]), ("vote", [2])]
+)
+def test_whole_replies_are_filtered_and_the_record_leads(returns: str, kept: list[int]):
+    outputs = [reply(0), reply(1, group(STATES, winner=2)), reply(2)]
+    shaped = output.Reply(3, [ask(returns)]).whole(outputs, SimpleNamespace())
+    assert [one["text"] for one in shaped] == [f"text {index}" for index in kept]
+    assert ["group" in one["meta_info"]["deepprune"] for one in shaped] == [True] + [False] * (
+        len(kept) - 1
+    )
+
+
+def test_a_stream_that_returns_the_vote_says_nothing_before_the_end():
+    shape, obj = output.Reply(3, [ask("vote")]), SimpleNamespace()
+    sent: list[dict[str, Any]] = []
+    for chunk in (reply(0, end=False), reply(2), reply(0), reply(1, group(STATES, winner=2))):
+        sent += shape.piece(chunk, obj)
+    assert [one["text"] for one in sent] == ["text 2"]
+    assert sent[0]["meta_info"]["completion_tokens"] == 15  # the dropped ones were generated too
+    assert getattr(obj, output.RECORDS)[0]["winner"] == 2
+
+
+def test_a_vote_without_a_winner_returns_a_finished_choice():
+    outputs = [reply(0), reply(1, group(STATES, winner=None)), reply(2)]
+    shaped = output.Reply(3, [ask("vote")]).whole(outputs, SimpleNamespace())
+    assert [one["text"] for one in shaped] == ["text 1"]
+
+
+def test_a_group_without_a_record_says_why():
+    lost = {"text": "", "meta_info": {"completion_tokens": 0, "finish_reason": {"type": "abort"}}}
+    (first, _) = output.Reply(2, [ask()]).whole([lost, {**lost}], SimpleNamespace())
+    record = first["meta_info"]["deepprune"]["group"]
+    assert record["active"] is False and record["reason"] == "aborted before it was settled"
+
+
+def test_unpack_takes_our_json_out_of_the_finish_reason():
+    meta: dict[str, Any] = {}
+    reason = {"type": "stop", "deepprune": json.dumps({"choice": {}, "group": {"winner": 1}})}
+    obj = SimpleNamespace()
+    output.unpack(meta, reason, obj)
+    assert reason == {"type": "stop"} and meta["deepprune"]["group"] == {"winner": 1}
+    assert getattr(obj, output.RECORDS) == [{"winner": 1}]
+
+
+def test_the_record_comes_right_before_done():
+    async def lines():
+        yield 'data: {"id": "abc", "choices": [1]}\n\n'
+        yield "data: [DONE]\n\n"
+
+    async def read() -> list[str]:
+        adapted = SimpleNamespace(**{output.RECORDS: [{"winner": 1}]})
+        wrapped = output.completion_stream(
+            lambda *_: lines(), None, adapted, SimpleNamespace(model="m"), None
+        )
+        return [line async for line in wrapped]
+
+    first, record, done = asyncio.run(read())
+    body = json.loads(record[6:])
+    assert body["choices"] == [] and body["id"] == "abc"
+    assert body["metadata"]["deepprune"] == {"winner": 1}
+    assert done == "data: [DONE]\n\n" and first.startswith("data: {")
