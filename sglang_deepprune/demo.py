@@ -1,99 +1,76 @@
 """The main job, for real, anywhere: serve the embedded reasoner, prune live, print the table.
 
 One real SGLang server with `--enable-deepprune`; the same questions and seeds under plain n>1 and
-under each preset. Plain is the preset `collect`: it stops nothing and only adds the record, and as
-a group its siblings draw from (seed, i), so every mode sees the same noise and "same winner" means
-something. The traces are short, so the demo's cut is shorter than the paper's and shown as such.
+under each preset (`demo_rows.py` says what plain is). The server is ended whatever happens: a
+failure, Ctrl-C, a closed terminal.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import signal
 import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
-from sglang_deepprune.demo_view import Cell, Row, View
-from sglang_deepprune.equal_tokens import Sampled, cons_at_tokens, is_same
-from sglang_deepprune.local_server import LocalServer, post, stream
+from sglang_deepprune.demo_rows import MODES, Mode, Outcome, modes, row_of
+from sglang_deepprune.demo_view import Cell, Row, View, table_of
+from sglang_deepprune.local_server import LocalServer, ServerError, has_gpu, post, stream
 from sglang_deepprune.reasoner import Question, model_path, questions
-from sglang_deepprune.report import print_table, with_ratios, write_json
+from sglang_deepprune.report import with_ratios, write_json
 
 MAX_NEW_TOKENS = 1000
-CUT: dict[str, Any] = {"cut": "words", "cut_words": 8, "cut_max_tokens": 120, "window": 8}
-
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """One row of the table."""
-
-    name: str
-    settings: dict[str, Any]
-    cut: str = "-"
-
-
-def modes(names: Sequence[str]) -> list[Mode]:
-    """Plain first: it is everybody's baseline."""
-    cut = f"{CUT['cut_words']} words (paper: 25)"
-    known = {
-        "latency": Mode("latency (decided vote)", {"preset": "latency"}),
-        "paper": Mode("paper, K2=20", {"preset": "paper", **CUT}, cut),
-        "paper-scaled": Mode("paper, K2=n/4", {"preset": "paper", "k2": 0, **CUT}, cut),
-    }
-    return [Mode("plain n>1", {"preset": "collect"}), *(known[name] for name in names)]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one question brought in one mode."""
-
-    question: Question
-    group: dict[str, Any]
-    choices: list[dict[str, Any]]
-
-    @property
-    def is_right(self) -> bool:
-        answer = self.group["answer"]
-        return answer is not None and is_same(answer, self.question.answer)
-
-    @property
-    def sampled(self) -> Sampled:
-        answers = tuple(choice["answer"] for choice in self.choices)
-        tokens = tuple(choice["tokens"] for choice in self.choices)
-        return Sampled(answers, tokens, self.question.answer)
+SERVER_FLAGS = (
+    "--enable-deepprune", "--max-running-requests", "64", "--stream-interval", "8",
+)  # fmt: skip
+# The checkpoint's own precision. SGLang would take float16, at half the speed on a CPU.
+CPU_SERVER_FLAGS = ("--dtype", "float32")
+NARROWEST = 100  # columns of a table that goes to a file or a pipe
 
 
 class Runner:
     """Asks all questions in one mode, some at a time."""
 
-    def __init__(self, url: str, size: int, seed: int, concurrency: int, console: Console | None):
+    def __init__(self, url: str, size: int, seed: int, concurrency: int, console: Console):
         self.url = url
         self.size = size
         self.seed = seed
         self.concurrency = concurrency
-        self.console = console  # None: no live view
+        self.console = console
+        self.is_live = False
+        self._is_cancelled = threading.Event()
 
     def run(self, mode: Mode, asked: Sequence[Question]) -> tuple[list[Outcome], float]:
         """Outcomes in order, and the wall clock in seconds."""
-        view = View(mode.name, total=len(asked))
+        view = View(mode.name, total=len(asked), on_close=None if self.is_live else self._tell)
         start = time.monotonic()
+        pool = ThreadPoolExecutor(self.concurrency)
         with ExitStack() as stack:
-            if self.console is not None:
-                stack.enter_context(Live(view, console=self.console, refresh_per_second=8))
-            pool = stack.enter_context(ThreadPoolExecutor(self.concurrency))
-            jobs = [pool.submit(self._ask, mode, n, one, view) for n, one in enumerate(asked)]
-            outcomes = [job.result() for job in jobs]
+            if self.is_live:
+                live = Live(view, console=self.console, refresh_per_second=8, transient=True)
+                stack.enter_context(live)
+            try:
+                jobs = [pool.submit(self._ask, mode, n, one, view) for n, one in enumerate(asked)]
+                outcomes = [job.result() for job in jobs]
+            finally:
+                # After an error or Ctrl-C nobody waits for the questions that are still open.
+                self._is_cancelled.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+        self._is_cancelled.clear()
         return outcomes, time.monotonic() - start
+
+    def _tell(self, view: View) -> None:
+        if view.done % max(1, view.total // 4) == 0:
+            self.console.print(view.progress, highlight=False)
 
     def _ask(self, mode: Mode, number: int, question: Question, view: View) -> Outcome:
         params = {
@@ -101,111 +78,136 @@ class Runner:
             "sampling_seed": self.seed * 100_003 + number,
             "custom_params": {"deepprune": mode.settings},
         }  # fmt: skip
-        body = {"text": question.prompt, "sampling_params": params}
         row = Row(question.prompt, question.answer, [Cell() for _ in range(self.size)])
         view.open(number, row)
-        if self.console is not None:
-            for chunk in stream(self.url, "/generate", body):
-                row.take(chunk)
-            group = row.group
-        else:
-            group = post(self.url, "/generate", body)[0]["meta_info"]["deepprune"]["group"]
-        view.close(number)
-        assert group is not None, "the stream ended without a record"
-        return Outcome(question, group, group["choices"])
+        for chunk in self._chunks({"text": question.prompt, "sampling_params": params}):
+            row.take(chunk)
+            if self._is_cancelled.is_set():
+                raise ServerError("cancelled")
+        if row.group is None or not row.group["active"]:
+            why = row.group["reason"] if row.group else "is it started with --enable-deepprune?"
+            raise ServerError(f"no group record came back from {self.url}: {why}")
+        outcome = Outcome(question, row.group, tuple(cell.text for cell in row.cells))
+        view.close(number, outcome.is_right)
+        return outcome
+
+    def _chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The reply bit by bit for the live view, else in one piece, which costs the server less.
+
+        Both name their choices by `index`, which a whole reply leaves out.
+        """
+        if self.is_live:
+            yield from stream(self.url, "/generate", body)
+            return
+        for index, choice in enumerate(post(self.url, "/generate", body)):
+            yield {"index": index, **choice}
 
 
-def row_of(
-    mode: Mode, outcomes: Sequence[Outcome], seconds: float, plain: Sequence[Outcome]
-) -> dict[str, Any]:
-    """One mode's row; cons@k beside it is drawn from the plain siblings at the mode's tokens."""
-    states = Counter(choice["state"] for one in outcomes for choice in one.choices)
-    finished = [c["answer"] for one in outcomes for c in one.choices if c["state"] == "finished"]
-    golds = [
-        one.question.answer
-        for one in outcomes
-        for choice in one.choices
-        if choice["state"] == "finished"
-    ]
-    tokens = statistics.mean(one.group["generated_tokens"] for one in outcomes)
-    rival = cons_at_tokens([one.sampled for one in plain], tokens)
-    return {
-        "mode": mode.name,
-        "questions": len(outcomes),
-        "vote_right": round(statistics.mean(one.is_right for one in outcomes), 4),
-        "single_right": round(
-            statistics.mean(
-                a is not None and is_same(a, g) for a, g in zip(finished, golds, strict=True)
-            ),
-            4,
-        ),
-        "same_winner": round(
-            statistics.mean(
-                _same(one.group["answer"], other.group["answer"])
-                for one, other in zip(outcomes, plain, strict=True)
-            ),
-            4,
-        ),
-        "tokens": round(tokens, 1),
-        "seconds": round(seconds, 2),
-        "finished": states["finished"],
-        "pruned": states["pruned"],
-        "decided": states["decided"],
-        "not_started": states["not_started"],
-        "judge_calls": sum(one.group["judge_calls"] for one in outcomes),
-        "judge_tokens": sum(one.group["judge_tokens"] for one in outcomes),
-        "cons_k": round(rival.k, 2),
-        "cons_k_right": round(rival.accuracy, 4),
-        "cut": mode.cut,
-    }
+@contextmanager
+def signals_as_interrupts() -> Iterator[None]:
+    """A plain `kill` or a closed terminal unwinds like Ctrl-C does, so the server is ended."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 
-def _same(a: str | None, b: str | None) -> bool:
-    return a == b or (a is not None and b is not None and is_same(a, b))
+@contextmanager
+def own_server(console: Console, port: int) -> Iterator[str]:
+    """The URL of a server of our own. Its log stays when something fails, and is named."""
+    flags = SERVER_FLAGS if has_gpu() else (*SERVER_FLAGS, *CPU_SERVER_FLAGS)
+    server = LocalServer(model_path(), *flags, max_total_tokens=80_000, port=port)
+    log = Path(server.log_file.name)
+    is_failed = False
+    try:
+        with ExitStack() as stack:
+            with console.status("starting a real SGLang server on the embedded reasoner"):
+                if not console.is_terminal:
+                    console.print("starting a real SGLang server on the embedded reasoner ...")
+                stack.enter_context(server)
+            yield server.url
+    except Exception:
+        is_failed = True
+        console.print(f"the server's log: {log}", soft_wrap=True, highlight=False)
+        raise
+    finally:
+        if not is_failed:
+            log.unlink(missing_ok=True)
+
+
+def compare_modes(
+    runner: Runner, chosen: Sequence[Mode], asked: Sequence[Question], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """All rows, plain n>1 first."""
+    rows: list[dict[str, Any]] = []
+    plain: list[Outcome] = []
+    for mode in chosen:
+        outcomes, seconds = runner.run(mode, asked)
+        plain = plain or outcomes
+        rows.append(row_of(mode, outcomes, seconds, plain))
+        say(f"{mode.name}: {seconds:.1f} s, {rows[-1]['tokens']:.0f} tokens a question")
+    stopped = rows[0]["questions"] * runner.size - rows[0]["finished"]
+    if stopped:
+        say(f"WARNING: {stopped} plain siblings did not finish; the ratios mean little")
+    return with_ratios(rows, rows[0], ["tokens", "seconds"])
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="sglang-deepprune demo", description=__doc__)
-    parser.add_argument("--questions", type=int, default=24)
-    parser.add_argument("--n", type=int, default=16, help="siblings a question")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--concurrency", type=int, default=4, help="questions at a time")
-    parser.add_argument("--presets", nargs="*", default=["latency", "paper", "paper-scaled"],
-                        choices=["latency", "paper", "paper-scaled"])  # fmt: skip
-    parser.add_argument("--url", default="", help="a server that runs already")
-    parser.add_argument("--no-live", action="store_true", help="no live view")
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="sglang-deepprune demo", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--questions", type=_positive, default=24, help="default: 24")
+    parser.add_argument("--n", type=_positive, default=16, help="siblings a question; default: 16")
+    parser.add_argument("--seed", type=int, default=1, help="of questions and sampling; default: 1")
+    parser.add_argument("--concurrency", type=_positive, default=4,
+                        help="questions at a time; default: 4")  # fmt: skip
+    parser.add_argument("--presets", nargs="*", default=list(MODES), choices=list(MODES),
+                        help="beside plain n>1; default: all")  # fmt: skip
+    parser.add_argument("--url", default="", help="a server of this model that runs already")
+    parser.add_argument("--port", type=int, default=0, help="of the server; default: a free one")
+    parser.add_argument("--no-live", action="store_true", help="lines instead of the live view")
+    parser.add_argument("--json", type=Path, help="write rows, versions and machine to this file")
+    args = parser.parse_args(argv)
+    if args.n < 2:
+        parser.error("--n: a group has at least 2 siblings")
+    return args
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
 
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     console = Console()
-    live = console if console.is_terminal and not args.no_live else None
-    asked = questions(seed=args.seed, count=args.questions)
-    with ExitStack() as stack:
-        url = args.url
-        if not url:
-            console.print("starting a real SGLang server on the embedded reasoner ...")
-            server = LocalServer(
-                model_path(), "--enable-deepprune", "--max-running-requests", "64",
-                max_total_tokens=80_000,
-            )  # fmt: skip
-            url = stack.enter_context(server).url
-        runner = Runner(url, args.n, args.seed, args.concurrency, live)
-        rows: list[dict[str, Any]] = []
-        plain: list[Outcome] = []
-        for mode in modes(args.presets):
-            outcomes, seconds = runner.run(mode, asked)
-            plain = plain or outcomes
-            rows.append(row_of(mode, outcomes, seconds, plain))
-            console.print(
-                f"{mode.name}: {seconds:.1f} s, {rows[-1]['tokens']:.0f} tokens a question"
+    if not console.is_terminal:
+        console = Console(width=max(console.width, NARROWEST))
+    try:
+        with signals_as_interrupts(), ExitStack() as stack:
+            url = args.url or stack.enter_context(own_server(console, args.port))
+            runner = Runner(url, args.n, args.seed, args.concurrency, console)
+            runner.is_live = console.is_terminal and not args.no_live
+            asked = questions(seed=args.seed, count=args.questions)
+            rows = compare_modes(
+                runner, modes(args.presets), asked, lambda line: console.print(line)
             )
-    rows = with_ratios(rows, rows[0], ["tokens", "seconds"])
-    title = f"{args.questions} questions, n={args.n}, temperature 1, same seeds in every mode"
-    print_table(rows, title)
-    print("cons_k: plain sampling of k siblings at the same tokens, and what its vote scores")
+    except KeyboardInterrupt:
+        console.print("interrupted; the server is stopped")
+        return 130
+    except (ServerError, OSError, HTTPException) as error:
+        console.print(f"error: {error}", markup=False, highlight=False)
+        return 1
+    console.print(table_of(rows, f"n={args.n}, temperature 1, the same seeds in every mode"))
+    console.print("cons@k: plain sampling of k siblings, at as many tokens as the mode spent")
     if args.json:
         write_json(args.json, "demo", rows)
     return 0

@@ -1,11 +1,13 @@
-"""What the demo shows while it runs: one row of cells a question, one cell a sibling.
+"""What the demo shows: the siblings while they run, and the table at its end.
 
-Pure state and rendering; it reads chunks of a streaming reply and knows nothing of HTTP.
+Pure state and rendering; it reads chunks of a streaming reply and knows nothing of HTTP. Both fit
+a terminal of 80 columns: cells come eight a line, and the table has a column a mode.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +16,21 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-_STYLES = {
+from sglang_deepprune.equal_tokens import is_same
+
+CELLS_A_LINE = 8
+LEGEND = (
+    "[green]answer[/] right  [red]answer[/] wrong  ▪ running  [yellow]✂ pruned[/]  "
+    "[cyan]■ vote decided[/]  [dim]- not started[/]"
+)
+_MARKS = {
     "queued": ("·", "dim"),
     "running": ("▪", "white"),
     "pruned": ("✂", "yellow"),
     "decided": ("■", "cyan"),
     "not_started": ("-", "dim"),
-    "aborted": ("!", "red"),
-    "failed": ("!", "red"),
 }
+_UNKNOWN = ("!", "red")  # aborted, failed
 
 
 @dataclass(slots=True)
@@ -32,6 +40,7 @@ class Cell:
     state: str = "queued"
     tokens: int = 0
     answer: str | None = None
+    text: str = ""
 
 
 @dataclass(slots=True)
@@ -48,6 +57,7 @@ class Row:
         meta = chunk["meta_info"]
         cell = self.cells[chunk["index"]]
         cell.tokens = meta["completion_tokens"]
+        cell.text = chunk.get("text") or cell.text
         cell.state = "running"
         ours = meta.get("deepprune") or {}
         if meta.get("finish_reason"):
@@ -65,36 +75,100 @@ class View:
     title: str
     done: int = 0
     total: int = 0
+    num_right: int = 0
     rows: dict[int, Row] = field(default_factory=dict)
+    on_close: Callable[[View], None] | None = None  # a plain line where nothing is live
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self, number: int, row: Row) -> None:
         with self.lock:
             self.rows[number] = row
 
-    def close(self, number: int) -> None:
+    def close(self, number: int, is_right: bool = False) -> None:
         with self.lock:
             self.rows.pop(number, None)
             self.done += 1
+            self.num_right += is_right
+            if self.on_close is not None:
+                self.on_close(self)
+
+    @property
+    def progress(self) -> str:
+        return f"{self.title}: {self.done} of {self.total} questions, {self.num_right} votes right"
 
     def __rich__(self) -> RenderableType:
-        table = Table.grid(padding=(0, 1))
         with self.lock:
-            for row in self.rows.values():
-                table.add_row(Text(row.prompt[:44], style="bold"), *map(render, row.cells))
-                table.add_row(Text(f"= {row.gold}", style="dim"), *map(render_tokens, row.cells))
-        legend = "▪ running  [green]answer[/] finished  ✂ pruned  ■ vote decided  - not started"
-        head = f"{self.title}: {self.done} of {self.total} questions    {legend}"
-        return Lines(Text.from_markup(head), table)
+            blocks = [block for row in self.rows.values() for block in _block(row)]
+        return Lines(Text(self.progress, style="bold"), Text.from_markup(LEGEND), *blocks)
 
 
-def render(cell: Cell) -> Text:
-    """An answer for a finished sibling, a mark for any other."""
+def _block(row: Row) -> tuple[Text, Table]:
+    grid = Table.grid(padding=(0, 1))
+    for first in range(0, len(row.cells), CELLS_A_LINE):
+        grid.add_row(*(render(cell, row.gold) for cell in row.cells[first : first + CELLS_A_LINE]))
+    head = Text(f"{row.prompt}  = {row.gold}", style="dim", no_wrap=True, overflow="ellipsis")
+    return head, grid
+
+
+def render(cell: Cell, gold: str) -> Text:
+    """Tokens so far, and the answer of a finished sibling or a mark for any other."""
     if cell.state == "finished":
-        return Text(f"{cell.answer or '?':>5}", style="green")
-    mark, style = _STYLES.get(cell.state, ("?", "red"))
-    return Text(f"{mark:>5}", style=style)
+        right = is_same(cell.answer, gold)
+        mark, style = cell.answer or "?", "green" if right else "red"
+    else:
+        mark, style = _MARKS.get(cell.state, _UNKNOWN)
+    return Text.assemble((f"{mark[:5]:>5}", style), (f"{cell.tokens:>4}", "dim"))
 
 
-def render_tokens(cell: Cell) -> Text:
-    return Text(f"{cell.tokens:>5}", style="dim")
+def table_of(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """One column a mode; `rows` are those of the JSON file, ratios included."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["mode"], justify="right")
+    for label, show in _LINES:
+        table.add_row(label, *(show(row) for row in rows))
+    return table
+
+
+def _share(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: "-" if row[key] is None else f"{100 * row[key]:.1f} %"
+
+
+def _count(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: f"{row[key]:,.0f}"
+
+
+def _with_ratio(key: str) -> Callable[[dict[str, Any]], str]:
+    def show(row: dict[str, Any]) -> str:
+        ratio = row[f"{key}_ratio"]
+        return f"{row[key]:,.0f} (x{ratio:.2f})" if ratio is not None else f"{row[key]:,.0f}"
+
+    return show
+
+
+def _cut(row: dict[str, Any]) -> str:
+    if row["cut_words"] is None:
+        return "-"
+    mark = "" if row["cut_words"] == 25 else " (not 25)"
+    return f"{row['cut_words']} words{mark}, {100 * row['cut_share']:.0f} % of a trace"
+
+
+_LINES: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("questions", _count("questions")),
+    ("votes right", _share("vote_right")),
+    ("cons@k, same tokens", _share("cons_k_right")),
+    ("  k", lambda row: f"{row['cons_k']:.1f}"),
+    ("one sample right", _share("single_right")),
+    ("same winner as plain", _share("same_winner")),
+    ("tokens a question", _with_ratio("tokens")),
+    ("seconds", _with_ratio("seconds")),
+    ("siblings finished", _count("finished")),
+    ("  pruned", _count("pruned")),
+    ("  vote decided", _count("decided")),
+    ("  not started", _count("not_started")),
+    ("judge: pairs", _count("judge_calls")),
+    ("judge: tokens read", _count("judge_tokens")),
+    ("judge: window, steps", lambda row: str(row["window"] or "-")),
+    ("judge: cut", _cut),
+)

@@ -77,7 +77,8 @@ NOT_STATED = re.compile(
     re.IGNORECASE,
 )
 REFUSAL = re.compile(
-    r"\b(?:cannot|can't|can\s+not|could\s+not|couldn't|unable|don't\s+know|do\s+not\s+know|no\s+idea"
+    r"\b(?:who\s+knows|hard\s+to\s+(?:say|tell)"
+    r"|cannot|can't|can\s+not|could\s+not|couldn't|unable|don't\s+know|do\s+not\s+know|no\s+idea"
     r"|not\s+(?:enough|sure|known|clear|given|determin\w*|certain|possible\s+to)|insufficient"
     r"|impossible\s+to\s+(?:say|tell|determine|know|answer)|unknown|unclear|undetermined|unsure"
     r"|no\s+(?:final\s+)?answer|keine\s+ahnung|weiß\s+(?:es\s+)?nicht|nicht\s+(?:bestimm|möglich|genug)\w*"

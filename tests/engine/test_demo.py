@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from sglang_deepprune.demo import main
+from sglang_deepprune.demo_rows import PLAIN
+
+SMALL = ["--questions", "2", "--n", "4", "--no-live"]
 
 
 def test_the_demo_ends_with_its_table(tmp_path: Path, capsys):
     out = tmp_path / "demo.json"
-    assert main(["--questions", "2", "--n", "4", "--no-live", "--json", str(out)]) == 0
-    assert "same seeds in every mode" in capsys.readouterr().out
+    assert main([*SMALL, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "the same seeds in every mode" in printed and "cons@k, same tokens" in printed
     report = json.loads(out.read_text())
     assert {"name", "command", "versions", "machine", "rows"} <= set(report)
-    modes = [row["mode"] for row in report["rows"]]
-    assert modes[0] == "plain n>1" and len(modes) == 4
-    plain = report["rows"][0]
-    assert plain["finished"] == 8 and plain["same_winner"] == 1
-    assert all(row["tokens"] <= plain["tokens"] for row in report["rows"])
+    plain, *others = report["rows"]
+    assert plain["mode"] == PLAIN and len(others) == 3
+    assert plain["finished"] == 8 and plain["same_winner"] == 1 and plain["tokens_ratio"] == 1
+    assert plain["cons_k"] == 4 and plain["judge_calls"] == 0
+    for row in report["rows"]:
+        assert row["tokens"] <= plain["tokens"]
+        ended = ("finished", "pruned", "decided", "not_started", "other_ends")
+        assert sum(row[state] for state in ended) == 8
+    # K2=20 of 4 siblings: the paper's own number prunes nothing.
+    assert others[1]["pruned"] == 0
+
+
+def test_a_killed_demo_leaves_no_server_behind():
+    """The server has a session of its own, so no signal of the terminal's reaches it."""
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "sglang_deepprune.cli", "demo", *SMALL],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert demo.stdout is not None and "starting" in demo.stdout.readline()
+    time.sleep(3)
+    (server,) = children(demo.pid)
+    demo.send_signal(signal.SIGTERM)
+    assert demo.wait(timeout=30) == 130
+    assert not Path(f"/proc/{server}").exists()
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split() if os.path.exists(f"/proc/{child}")]
