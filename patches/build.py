@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from packaging.version import Version
-
 from sglang_deepprune import __version__
 from sglang_deepprune.answers import Fence
 from sglang_deepprune.config import DeepPruneConfig
@@ -50,11 +48,11 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
 
 def _is_leader(scheduler: Any) -> bool:
     """Rank 0 of those that share one waiting queue; SGLang's `ingest_requests` asks the same."""
-    ranks = scheduler.ps if seams.sglang_version() < Version("0.5.21") else _parallel()
+    ranks = getattr(scheduler, "ps", None) or _parallel()
     return not (ranks.attn_tp_rank or ranks.attn_cp_rank or ranks.pp_rank)
 
 
 def _parallel() -> Any:
-    from sglang.srt.runtime_context import get_parallel  # since 0.5.21
+    from sglang.srt.runtime_context import get_parallel  # where `scheduler.ps` is gone
 
     return get_parallel()

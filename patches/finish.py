@@ -44,9 +44,13 @@ def is_cut(reason: Any) -> bool:
 
 def annotate(reason: Any, retired: Retired) -> None:
     """Let `reason.to_json()` carry the record; every other key stays as it is."""
+    carried, plain = payload(retired), reason.to_json
+    reason.to_json = lambda: {**plain(), **carried}
+
+
+def payload(retired: Retired) -> dict[str, str]:
+    """One extra key of a finish reason's JSON."""
     body: dict[str, Any] = {"choice": retired.choice.to_json()}
     if retired.group is not None:
         body["group"] = retired.group.to_json()
-    payload = json.dumps(body)
-    plain = reason.to_json
-    reason.to_json = lambda: {**plain(), wire.KEY: payload}
+    return {wire.KEY: json.dumps(body)}

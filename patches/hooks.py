@@ -69,9 +69,12 @@ def process_input_requests(original: Callable[..., Any], self: Any, recv_reqs: A
         return original(self, recv_reqs)
     commands = [one for one in recv_reqs if isinstance(one, _COMMANDS)]
     if not commands:
-        return original(self, recv_reqs)
+        result = original(self, recv_reqs)
+        ours.guard(ours.replan_lost)
+        return result
     result = original(self, [one for one in recv_reqs if not isinstance(one, _COMMANDS)])
     ours.guard(ours.apply, commands)
+    ours.guard(ours.replan_lost)
     return result
 
 
@@ -80,7 +83,7 @@ def poll_commands(result: Any, self: Any) -> Any:
     ours = _engine
     if ours is None or ours.coordinator.is_idle or result is None:
         return None
-    commands = ours.guard(ours.poll)
+    commands = ours.poll()
     return [*result, *commands] if commands else None
 
 

@@ -35,8 +35,9 @@ def inactive(reason: str, group_id: str = "", size: int = 0) -> dict[str, Any]:
 class Reply:
     """Shapes one n>1 request's replies; one instance a request."""
 
-    def __init__(self, num_siblings: int, asks: list[wire.Ask]):
+    def __init__(self, num_siblings: int, asks: list[wire.Ask], *, is_incremental: bool = False):
         self.num_siblings = num_siblings
+        self.is_incremental = is_incremental  # chunks are deltas, not the text so far
         self.asks = asks
         self.records: dict[int, dict[str, Any]] = {}  # prompt -> group record
         self.ended: dict[int, int] = {}  # prompt -> finished choices
@@ -77,6 +78,9 @@ class Reply:
             # The dropped choices were generated too: usage counts them with the first kept one.
             spent = sum(_tokens(one) for one in block) - sum(_tokens(one) for one in kept)
             kept[0]["meta_info"]["completion_tokens"] = _tokens(kept[0]) + spent
+            # Numbered as in a whole reply; SGLang also counts the prompt with the first index.
+            for place, one in enumerate(kept):
+                one["index"] = first + place
             self._publish(obj)
             yield from kept
 
@@ -124,12 +128,12 @@ class Reply:
 
     def _buffer(self, response: dict[str, Any]) -> None:
         """Keep a choice's newest output. Deltas (incremental streaming) are joined."""
-        index = response["index"]
-        known = self.buffers.get(index)
-        text = response.get("text")
-        if known and text is not None and not text.startswith(known.get("text") or ""):
-            response["text"] = (known.get("text") or "") + text
-        self.buffers[index] = response
+        known = self.buffers.get(response["index"])
+        if known is not None and self.is_incremental:
+            for name in ("text", "output_ids"):
+                if response.get(name) is not None and known.get(name) is not None:
+                    response[name] = known[name] + response[name]
+        self.buffers[response["index"]] = response
 
 
 def _tokens(response: dict[str, Any]) -> int:
@@ -168,7 +172,8 @@ def build_response(
         return response
     response.metadata = {**(response.metadata or {}), wire.KEY: metadata_of(records)}
     usage = getattr(response, "usage", None)
-    if usage is not None and len(outputs) < sum(record["size"] for record in records):
+    is_filtered = len(outputs) < sum(record["size"] for record in records)
+    if usage is not None and (request.n or 1) > 1 and is_filtered:
         # Fewer choices than siblings came back; all of them were generated.
         active = [record for record in records if record["active"]]
         if len(active) == len(records) and all(record["settled"] for record in records):

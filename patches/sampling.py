@@ -17,6 +17,7 @@ from sglang_deepprune.noise import draw
 
 # rid -> seed of the sibling's stream. Filled at admission, emptied when the sibling ends.
 SEEDS: dict[str, int] = {}
+_CHUNK = 32  # rows
 _rows: list[tuple[int, int]] = []  # (row, seed) of the batch that is being sampled
 
 
@@ -46,14 +47,20 @@ def sample_from_probs(
     device = probs.device
     rows = torch.tensor([row for row, _ in _rows], dtype=torch.int64, device=device)
     seeds = torch.tensor([seed for _, seed in _rows], dtype=torch.int64, device=device)
-    # Drawn first: some back ends filter `probs` in place.
-    tokens = draw(
-        probs[rows],
-        seeds,
-        positions[rows],
-        top_ks=sampling_info.top_ks[rows] if sampling_info.need_top_k_sampling else None,
-        top_ps=sampling_info.top_ps[rows] if sampling_info.need_top_p_sampling else None,
-        min_ps=sampling_info.min_ps[rows] if sampling_info.need_min_p_sampling else None,
+    # Drawn first: some back ends filter `probs` in place. In chunks: the noise is float64 over the
+    # vocabulary, memory that SGLang's budget does not know of.
+    tokens = torch.cat(
+        [
+            draw(
+                probs[some],
+                seed,
+                positions[some],
+                top_ks=sampling_info.top_ks[some] if sampling_info.need_top_k_sampling else None,
+                top_ps=sampling_info.top_ps[some] if sampling_info.need_top_p_sampling else None,
+                min_ps=sampling_info.min_ps[some] if sampling_info.need_min_p_sampling else None,
+            )
+            for some, seed in zip(rows.split(_CHUNK), seeds.split(_CHUNK), strict=True)
+        ]
     )
     sampled = original(self, probs, sampling_info, positions, *rest, **options)
     ids = sampled[0] if isinstance(sampled, tuple) else sampled

@@ -24,11 +24,11 @@ from sglang_deepprune.noise import sibling_seed
 from sglang_deepprune.patches import finish, sampling, wire
 from sglang_deepprune.patches.server_args import token_of
 from sglang_deepprune.patches.steplog import StepLog
-from sglang_deepprune.types import Close, FenceResult, JudgeResult
+from sglang_deepprune.types import Close, Expire, FenceResult, JudgeResult
 
 logger = logging.getLogger(__name__)
 
-_COMMANDS = (JudgeResult, FenceResult, Close)
+_COMMANDS = (JudgeResult, FenceResult, Close, Expire)
 _THINK_TAIL = 8  # tokens of the prompt's end
 _THINK_MARKS = ("<think>", "<thinking>", "<reasoning>", "[THINK]", "◁think▷")
 
@@ -41,6 +41,7 @@ class Live:
     group_id: str
     index: int
     stem: str  # rid of the n>1 request it belongs to
+    skipped_insert: bool = False  # what `skip_radix_cache_insert` was before we set it
 
 
 class Engine:
@@ -57,6 +58,7 @@ class Engine:
         self.token = token_of(scheduler.server_args)
         self.is_deterministic = bool(scheduler.server_args.enable_deterministic_inference)
         self.steps = StepLog(scheduler, config.log_steps)
+        self._lost: set[str] = set()  # groups that lost siblings to an abort, not replanned yet
         self._faults: set[str] = set()
 
     # -- admission ---------------------------------------------------------------------------
@@ -108,6 +110,7 @@ class Engine:
             result.copy_done.synchronize()  # the original does the same right after
         ids = result.next_token_ids
         tokens = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        self.replan_lost()
         stops: list[Stop] = []
         for req, token in zip(batch.reqs, tokens, strict=False):
             live = self.live.get(req.rid)
@@ -118,7 +121,7 @@ class Engine:
                 continue
             if req.to_finish is not None:
                 # Stopped in the step in which it ends anyway: its whole answer counts.
-                req.to_finish, req.skip_radix_cache_insert = None, False
+                req.to_finish, req.skip_radix_cache_insert = None, live.skipped_insert
                 self.coordinator.revive(live.group_id, live.index)
             output_ids = [*req.output_ids, token] if is_cut else list(req.output_ids)
             stops += self.coordinator.vote(live.group_id, live.index, output_ids, is_cut)
@@ -137,18 +140,28 @@ class Engine:
     # -- verdicts ----------------------------------------------------------------------------
 
     def poll(self) -> list[Command]:
-        """Leader: commands for the next broadcast, and those that were not seen back yet."""
-        self.outbox += self.coordinator.poll()
+        """Leader: commands for the next broadcast, and those that were not seen back yet.
+
+        Not guarded: to abandon groups on this rank alone would split the ranks.
+        """
+        try:
+            self.outbox += self.coordinator.poll()
+        except Exception:
+            if "poll" not in self._faults:
+                self._faults.add("poll")
+                logger.exception("deepprune: polling judge or fence failed; no verdict")
         return list(self.outbox)
 
     def apply(self, commands: Sequence[Command]) -> None:
         """Every rank, at the top of the same loop iteration."""
-        self.outbox.clear()
+        self.outbox = [command for command in self.outbox if command not in commands]
         for command in commands:
             self._stop(self.coordinator.apply(command))
             held = self.held.get(command.group_id)
             if held is not None:
                 self._settle(command.group_id, *held)
+            else:
+                self.coordinator.settle(command.group_id)
 
     def _settle(self, group_id: str, req: Any, retired: Retired) -> None:
         record = self.coordinator.settle(group_id)
@@ -164,18 +177,32 @@ class Engine:
             rid = self.rids.get((stop.group_id, stop.index))
             if rid is None:
                 continue
-            req = self.live[rid].req
+            live = self.live[rid]
+            req = live.req
             if self._take_from_queue(req):
                 self._answer(req, stop.state)
             elif not req.finished() and not isinstance(req.to_finish, FINISH_ABORT):
                 req.to_finish = finish.FinishStopped(stop.state, len(req.output_ids))
+                live.skipped_insert = req.skip_radix_cache_insert
                 # The private tail goes back to the allocator instead of into the radix tree. Not
                 # before the first token: the prompt of a sibling in prefill is everybody's.
-                req.skip_radix_cache_insert = len(req.output_ids) > 0
+                req.skip_radix_cache_insert |= len(req.output_ids) > 0
         self.steps.doomed(len(stops))
 
     def _take_from_queue(self, req: Any) -> bool:
-        """Out of SGLang's waiting or grammar queue, if it is in one."""
+        """Out of SGLang's waiting or grammar queue, if it is in one and owns nothing.
+
+        One that has been given a mamba slot ends by `to_finish`, at its prefill, as does one with a
+        storage prefetch where SGLang has no release for it yet (before 0.5.21).
+        """
+        kv = getattr(req, "kv", None)
+        if getattr(req, "mamba_pool_idx", None) is not None or getattr(kv, "holds_mamba", False):
+            return False
+        old = not hasattr(self.scheduler, "_release_aborted_request")
+        if old and getattr(self.scheduler, "enable_hicache_storage", False):
+            return False
+        if req.output_ids and not req.is_retracted:
+            return False  # it runs: spare the walk through the queue
         grammar = getattr(self.scheduler.grammar_manager, "grammar_queue", [])
         for queue in (self.scheduler.waiting_queue, grammar):
             for place, waiting in enumerate(queue):
@@ -223,6 +250,8 @@ class Engine:
         req = live.req
         self._drop(live)
         tokens = len(req.output_ids)
+        if tokens == 0 and isinstance(req.finished_reason, finish.FinishStopped):
+            state = State.NOT_STARTED
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         if retired is None:
             return
@@ -233,16 +262,30 @@ class Engine:
         self._log_tables()
 
     def aborted(self, output: AbortReq) -> None:
-        """SGLang tells the tokenizer that a queued sibling is gone."""
+        """SGLang tells the tokenizer that a queued sibling is gone.
+
+        Only noted: SGLang is walking its queue by index right now (`Scheduler.abort_request`), so
+        nothing may be taken out of it before it is done.
+        """
         live = self.live.get(output.rid)
         if live is None:
             return
         reason = output.finished_reason or {}
         state = State.FAILED if reason.get("status_code") else State.ABORTED
         self._drop(live)
-        self.coordinator.retire(live.group_id, live.index, state, len(live.req.output_ids))
-        self._stop(self.coordinator.lost(live.group_id))
+        tokens = len(live.req.output_ids)
+        retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
+        if retired is not None and output.finished_reason is not None:
+            # The group's record rides on the abort, if it is the last to leave.
+            output.finished_reason = {**output.finished_reason, **finish.payload(retired)}
+        self._lost.add(live.group_id)
         self._log_tables()
+
+    def replan_lost(self) -> None:
+        """At a safe point: fewer siblings may still vote, which can decide their groups."""
+        for group_id in sorted(self._lost):
+            self._stop(self.coordinator.lost(group_id))
+        self._lost.clear()
 
     def _drop(self, live: Live) -> None:
         self.live.pop(live.req.rid, None)

@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from packaging.version import Version
+
 from sglang_deepprune.config import ConfigError, DeepPruneConfig, dest_of, flag_of
 from sglang_deepprune.judges import check_judge
 from sglang_deepprune.patches import seams
@@ -156,6 +158,9 @@ def refuse_unproven_modes(server_args: Any) -> None:
          "--dllm-algorithm: diffusion LLMs have no decode step to stop at"),
         (bool(getattr(server_args, "enable_streaming_session", False)),
          "--enable-streaming-session: such sessions keep the KV row of a finished request"),
+        (bool(getattr(server_args, "enable_dp_attention", False))
+         and seams.sglang_version() < Version("0.5.21"),
+         "--enable-dp-attention before SGLang 0.5.21: verdicts reach the first group's ranks only"),
         (bool(getattr(server_args, "skip_tokenizer_init", False)),
          "--skip-tokenizer-init: answers are read from text, so a tokenizer is needed"),
     )  # fmt: skip

@@ -30,11 +30,11 @@ class Fan:
     num_prompts: int
     num_siblings: int  # a prompt
     asks: list[wire.Ask]  # [num_prompts]
-    stem: str  # the request's own rid, "" when the server made it up
+    stems: list[str]  # [num_prompts] the rid that a client knows each prompt by
     token: str  # see server_args.Carrier
     group_ids: list[str] = field(default_factory=list)
     ranks: list[int | None] = field(default_factory=list)  # a prompt's data-parallel rank
-    rids: list[str] = field(default_factory=list)  # siblings that were sent
+    rids: list[tuple[int, str]] = field(default_factory=list)  # (prompt, rid) of sent siblings
     num_calls: int = 0
     is_done: bool = False
 
@@ -46,13 +46,13 @@ class Fan:
             return self.ranks[call], None
         prompt, index = divmod(call - self.num_prompts, self.num_siblings)
         self.is_done = call + 1 == self.num_prompts * (self.num_siblings + 1)
-        self.rids.append(rid)
+        self.rids.append((prompt, rid))
         ask = self.asks[prompt]
         if not ask.is_wanted:
             return None, None
         return self.ranks[prompt], wire.tag(
             self.group_ids[prompt], index, self.num_siblings, ask.settings,
-            rid=self.stem, token=self.token,
+            rid=self.stems[prompt], token=self.token,
         )  # fmt: skip
 
 
@@ -74,9 +74,10 @@ async def _serve(
     original: Callable[..., Any], self: Any, obj: Any, request: Any, rest: Any, fan: Fan
 ) -> AsyncIterator[Any]:
     _FAN.set(fan)
-    if fan.stem:
-        _BY_STEM[fan.stem] = fan
-    shape = output.Reply(fan.num_siblings, fan.asks)
+    for stem in fan.stems:
+        _BY_STEM[stem] = fan
+    is_incremental = bool(getattr(self.server_args, "incremental_streaming_output", False))
+    shape = output.Reply(fan.num_siblings, fan.asks, is_incremental=is_incremental)
     responses = original(self, obj, request, *rest)
     try:
         async for response in responses:
@@ -88,10 +89,11 @@ async def _serve(
     finally:
         # A later n=1 call in the same task must not be taken for a sibling.
         fan.is_done = True
-        if _BY_STEM.get(fan.stem) is fan:
-            del _BY_STEM[fan.stem]
+        for stem in fan.stems:
+            if _BY_STEM.get(stem) is fan:
+                del _BY_STEM[stem]
         # Before 0.5.21 SGLang does not abort the siblings of a client that has left.
-        for rid in fan.rids:
+        for _, rid in fan.rids:
             if rid in self.rid_to_state:
                 self.abort_request(rid)
         await responses.aclose()
@@ -117,7 +119,7 @@ def _fan_of(self: Any, obj: Any) -> Fan | None:
         return None
     if size > wire.MOST_SIBLINGS:
         raise ConfigError("n", f"at most {wire.MOST_SIBLINGS} siblings a group, got {size}")
-    fan = Fan(obj.batch_size, size, asks, _stem_of(obj.rid), token_of(self.server_args))
+    fan = Fan(obj.batch_size, size, asks, _stems_of(obj), token_of(self.server_args))
     fan.group_ids = [uuid.uuid4().hex for _ in range(obj.batch_size)]
     fan.ranks = [
         _rank_of(self, group_id) if ask.is_wanted else None
@@ -137,12 +139,14 @@ def _is_session(obj: Any) -> bool:
     return getattr(obj, "session_params", None) is not None
 
 
-def _stem_of(rids: Any) -> str:
-    """The rid that the user gave: SGLang has made `rid_0`, `rid_1`, ... of it by now."""
-    if not isinstance(rids, list) or not rids:
-        return rids if isinstance(rids, str) else ""
-    stem, _, tail = str(rids[0]).rpartition("_")
-    return stem if tail == "0" else str(rids[0])
+def _stems_of(obj: Any) -> list[str]:
+    """What a client calls each prompt: SGLang has made `rid_0`, `rid_1`, ... of one string by
+    now, and has left a list of rids as it was."""
+    rids = [str(rid) for rid in obj.rid]
+    stem = rids[0].removesuffix("_0")
+    if len(rids) > 1 and stem != rids[0] and rids[1] == f"{stem}_1":
+        return [stem] * obj.batch_size
+    return rids[: obj.batch_size]
 
 
 def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any) -> Any:
@@ -174,8 +178,11 @@ def _client_side_tag(self: Any, tokenized_obj: Any) -> dict[str, Any] | None:
     config = config_of(self.server_args)
     assert config is not None
     ask = wire.read_ask(config, custom)
-    if not ask.group or not ask.is_wanted:
+    is_beam = (getattr(tokenized_obj.sampling_params, "beam_width", None) or 1) > 1
+    if not ask.group or not ask.is_wanted or is_beam:
         return None
+    if tokenized_obj.mm_inputs is not None or tokenized_obj.input_embeds is not None:
+        raise ConfigError("group", "not for prompts with images, audio or embeddings")
     group_id, token = _scoped(ask, tokenized_obj), token_of(self.server_args)
     return wire.tag(group_id, ABSENT, ask.size, ask.settings, rid="", token=token)
 
@@ -184,7 +191,8 @@ def _scoped(ask: wire.Ask, tokenized_obj: Any) -> str:
     """A group id that only equal work can share: the client's string scoped by prompt, sampling
     settings and cache namespace, so that a guessed name alone joins nobody's group."""
     params = tokenized_obj.sampling_params
-    names = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop_strs")
+    fields = getattr(params, "__struct_fields__", ())
+    names = [name for name in fields if name not in ("custom_params", "sampling_seed")]
     parts = [
         ask.group,
         ask.size,
@@ -225,7 +233,7 @@ def abort_request(
     fan = _BY_STEM.get(rid) if rid and not abort_all else None
     if fan is None:
         return original(self, rid, abort_all)
-    for sibling in list(fan.rids):
-        if sibling in self.rid_to_state:
+    for prompt, sibling in list(fan.rids):
+        if fan.stems[prompt] == rid and sibling in self.rid_to_state:
             original(self, sibling, False)
     return None

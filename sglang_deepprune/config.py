@@ -160,8 +160,8 @@ class DeepPruneConfig:
 
     @property
     def is_judged(self) -> bool:
-        """Whether traces are handed to a judge at all."""
-        return self.judge != "none" and self.preset != "collect"
+        """Whether traces are handed to a judge: only where its verdicts may stop anybody."""
+        return self.judge != "none" and self.prunes_by_judge
 
     def kept_of_largest(self, size: int) -> int:
         """K2 for a group of `size` siblings."""

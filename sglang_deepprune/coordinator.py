@@ -27,6 +27,7 @@ from sglang_deepprune.types import (
     ABSENT,
     ChoiceRecord,
     Close,
+    Expire,
     FenceResult,
     GroupRecord,
     JudgeResult,
@@ -37,7 +38,9 @@ from sglang_deepprune.voting import Ballot, Question
 
 logger = logging.getLogger(__name__)
 
-Command = JudgeResult | FenceResult | Close
+Command = JudgeResult | FenceResult | Close | Expire
+HOLD_LIMIT_S = 2.0  # the longest that a finished group's last output waits for the fence
+MOST_CUTS = 8  # traces that one decode step cuts and decodes; the others follow in the next ones
 ANSWER_TAIL_TOKENS = 2048  # an answer stands at a trace's end; decoding more would cost a step
 
 
@@ -70,7 +73,8 @@ class Run:
     cuts: dict[int, Cut] = field(default_factory=dict)
     traces: dict[int, Trace] = field(default_factory=dict)  # truncated, one a judged sibling
     in_flight: frozenset[int] = frozenset()  # siblings of the task that the judge has now
-    num_questions: int = 0  # open at the fence
+    over_s: float | None = None  # since when its last output waits for the fence
+    is_behind: bool = False  # more siblings have reached the cut than one step could read
     touched_s: float = 0.0
 
     @property
@@ -104,6 +108,7 @@ class Coordinator:
         self.runs: dict[str, Run] = {}
         self._epoch = 0
         self._asked: dict[int, FenceResult] = {}  # fence ticket -> the question, unanswered
+        self._failed: list[Command] = []  # what could not even be asked
         self._abandoned: deque[str] = deque(maxlen=1024)  # groups that late siblings must not renew
 
     @property
@@ -172,7 +177,8 @@ class Coordinator:
                 sibling = group.siblings[index]
                 if sibling.state is State.QUEUED:
                     sibling.state = State.RUNNING
-            if group.steps % group.config.window == 0 and group.config.is_judged:
+            is_window = group.steps % group.config.window == 0 or run.is_behind
+            if is_window and group.config.is_judged:
                 self._look(run, siblings)
 
     def vote(
@@ -208,8 +214,9 @@ class Coordinator:
             return []
         if isinstance(command, Close):
             self._close(run)
+        elif isinstance(command, Expire):
+            run.group.tally.give_up()
         elif isinstance(command, FenceResult):
-            run.num_questions -= 1
             run.group.tally.resolve(command.low, command.high, command.is_same)
         else:
             self._place(run, command)
@@ -217,7 +224,7 @@ class Coordinator:
 
     def poll(self) -> list[Command]:
         """Leader only: what judge, fence and clock have to say by now. Never blocks."""
-        commands: list[Command] = []
+        commands, self._failed = self._failed, []
         if self.judge is not None:
             commands += self.judge.poll()
         if self.fence is not None and self._asked:
@@ -225,10 +232,15 @@ class Coordinator:
                 asked = self._asked.pop(ticket, None)
                 if asked is not None:
                     commands.append(asked.answered(is_same))
+        now = self.clock()
         for group_id, run in self.runs.items():
-            if run.is_awaited and self.clock() - run.touched_s > self.config.group_timeout_s:
-                run.touched_s = self.clock()
-                commands.append(Close(group_id, run.group.epoch))
+            epoch = run.group.epoch
+            if run.over_s is not None and now - run.over_s > HOLD_LIMIT_S:
+                run.over_s = now
+                commands.append(Expire(group_id, epoch))
+            if now - run.touched_s > self.config.group_timeout_s and run.is_awaited:
+                run.touched_s = now
+                commands.append(Close(group_id, epoch))
         return commands
 
     def retire(self, group_id: str, index: int, state: State, num_tokens: int) -> Retired | None:
@@ -241,7 +253,8 @@ class Coordinator:
         sibling.state, sibling.doom, sibling.num_tokens = state, None, num_tokens
         run.cuts.pop(index, None)
         is_over = group.is_over and (group.is_closed or not run.is_client_side)
-        if is_over and run.num_questions and not run.is_client_side:
+        if is_over and not group.tally.is_settled and not run.is_client_side:
+            run.over_s = self.clock()
             return Retired(choice_of(sibling), is_pending=True)
         record = None
         if is_over or run.is_client_side:
@@ -254,7 +267,9 @@ class Coordinator:
     def settle(self, group_id: str) -> GroupRecord | None:
         """The record of a group whose last output was held, once its vote is counted."""
         run = self.runs.get(group_id)
-        if run is None or run.num_questions or not run.group.is_over:
+        if run is None or not (run.group.is_over and run.group.is_closed):
+            return None
+        if not run.group.tally.is_settled:
             return None
         record = record_of(run.group, run.max_new_tokens, is_settled=True)
         self.forget(group_id)
@@ -280,9 +295,15 @@ class Coordinator:
         sibling.doom, sibling.pruned_at = None, None
 
     def forget(self, group_id: str) -> None:
+        """The group is gone; whatever is still asked for it is asked no more."""
         self.runs.pop(group_id, None)
         if self.judge is not None:
             self.judge.drop(group_id)
+        stale = [ticket for ticket, one in self._asked.items() if one.group_id == group_id]
+        for ticket in stale:
+            del self._asked[ticket]
+        if self.fence is not None and stale:
+            self.fence.drop(stale)
 
     def _close(self, run: Run) -> None:
         """Time is out: whoever has not come will not be waited for."""
@@ -290,13 +311,18 @@ class Coordinator:
         for sibling in run.group.siblings.values():
             if sibling.state is State.EXPECTED:
                 sibling.state = State.ABORTED
-        if run.group.is_over and not run.num_questions:
+        if run.group.is_over and run.group.tally.is_settled:
             self.forget(run.group.group_id)
 
     def _look(self, run: Run, outputs: Mapping[int, Sequence[int]]) -> None:
         """Cut what has become long enough, and hand it over unless the judge is at it already."""
         group = run.group
+        num_before = len(run.traces)
+        run.is_behind = False
         for index, output_ids in outputs.items():
+            if len(run.traces) - num_before >= MOST_CUTS:
+                run.is_behind = True
+                break
             sibling = group.siblings[index]
             if sibling.is_live and not sibling.is_submitted and index not in run.traces:
                 sibling.num_tokens = len(output_ids)
@@ -320,8 +346,7 @@ class Coordinator:
             group.siblings[index].is_submitted = True
         run.in_flight = frozenset(fresh)
         group.windows += 1
-        if self.judge is not None:
-            self.judge.submit(task)
+        self._submit(task)
 
     def _keep_trace(self, run: Run, index: int, output_ids: Sequence[int], is_end: bool) -> None:
         cut = run.cuts.get(index)
@@ -337,6 +362,8 @@ class Coordinator:
 
     def _place(self, run: Run, result: JudgeResult) -> None:
         group = run.group
+        if not run.in_flight:
+            return  # placed already: a command may come twice
         run.in_flight = frozenset()
         group.judge_calls += result.num_pairs
         group.judge_tokens += result.num_tokens
@@ -353,16 +380,27 @@ class Coordinator:
                 group.clusters[one.cluster].append(one.sibling)
 
     def _ask(self, run: Run, questions: Sequence[Question]) -> None:
+        """Leader only. A fence that cannot be asked answers "not shown", by the same broadcast: to
+        raise here would split the ranks."""
+        if self.fence is None:
+            return
+        group = run.group
         for question in questions:
-            run.num_questions += 1
-            if self.fence is not None:
-                ticket = self.fence.ask(question.left, question.right)
-                self._asked[ticket] = FenceResult(
-                    run.group.group_id,
-                    run.group.epoch,
-                    question.low,
-                    question.high,
-                )
+            asked = FenceResult(group.group_id, group.epoch, question.low, question.high)
+            try:
+                self._asked[self.fence.ask(question.left, question.right)] = asked
+            except OSError:
+                self._failed.append(asked)
+
+    def _submit(self, task: JudgeTask) -> None:
+        """Leader only, and as careful as `_ask`."""
+        if self.judge is None:
+            return
+        try:
+            self.judge.submit(task)
+        except OSError as error:
+            failed = JudgeResult(task.group_id, task.epoch, error=type(error).__name__)
+            self._failed.append(failed)
 
     def _replan(self, run: Run) -> list[Stop]:
         """Ask the policy, and doom whom it names."""
@@ -382,9 +420,9 @@ class Coordinator:
             sibling = group.siblings[index]
             if not sibling.is_live:
                 continue
-            is_started = sibling.state is State.RUNNING
-            sibling.doom = end if is_started else State.NOT_STARTED
-            sibling.pruned_at = sibling.num_tokens if is_started else None
+            # A sibling that turns out to have no token is called `not_started` when it ends.
+            sibling.doom = end
+            sibling.pruned_at = sibling.num_tokens or None
             if sibling.state is not State.EXPECTED:
                 stops.append(Stop(group.group_id, index, sibling.doom))
         return stops

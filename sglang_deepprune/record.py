@@ -52,5 +52,7 @@ def record_of(group: Group, max_new_tokens: int, *, is_settled: bool) -> GroupRe
             for sibling in siblings
             if sibling.state in _STOPPED
         ),
-        choices=tuple(choice_of(sibling) for sibling in siblings),
+        # Members of a client-side group each carry the record as of their end: without the choices
+        # until it is settled, or n records would hold n choices each.
+        choices=tuple(choice_of(sibling) for sibling in siblings) if is_settled else (),
     )

@@ -91,6 +91,14 @@ class FenceResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Expire:
+    """The fence took too long for a group that is over: its open questions count as different."""
+
+    group_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """No further member joins this client-side group: its time is out."""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from sglang_deepprune.answers import compare
 
-# A hostile group of all different formulas must not ask n^2 questions.
+# Open at a time: a hostile group of all different formulas must not ask n^2 questions.
 MAX_QUESTIONS = 16
 
 
@@ -117,7 +117,7 @@ class Tally:
         doubtful = [index for index, verdict in enumerate(verdicts) if verdict is None]
         questions = [
             Question(low, new, self._answers[low], ballot.answer)
-            for low in doubtful[:MAX_QUESTIONS]
+            for low in doubtful[: max(0, MAX_QUESTIONS - len(self._open))]
         ]
         self._open.update({(q.low, q.high): q for q in questions})
         return questions
@@ -129,6 +129,10 @@ class Tally:
         roots = sorted((self._root(low), self._root(high)))
         if same is True:
             self._parents[roots[1]] = roots[0]
+
+    def give_up(self) -> None:
+        """Nobody waits for the open questions any longer: their classes stay apart."""
+        self._open.clear()
 
     def counts(self) -> list[Standing]:
         """All classes, best first by the rule of the vote."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 
 from sglang_deepprune.answers.canonical import canonical
 from sglang_deepprune.answers.compare import compare
@@ -72,6 +73,11 @@ class Fence:
         answered, self._answered = self._answered, []
         return answered
 
+    def drop(self, tickets: Iterable[int]) -> None:
+        """Nobody wants these answers any more."""
+        gone = set(tickets)
+        self._queue = deque(question for question in self._queue if question[0] not in gone)
+
     def equivalent(self, a: str, b: str) -> bool | None:
         """Blocking form for scripts: the answer to one pair; other answers stay for `poll`."""
         ticket = self.ask(a, b)
@@ -98,12 +104,13 @@ class Fence:
             self._send(self._queue.popleft())
 
     def _collect(self, question: tuple[int, str, str]) -> None:
+        was_ready = self._child.is_ready  # a crash clears it
         reply = self._child.poll()
         if reply is not None:
-            is_load_failure = reply.error is not None and not self._child.is_ready
+            is_load_failure = reply.error is not None and not was_ready
             if reply.error is not None:
                 self._log_once(reply.error)
-            self._num_failed_loads += is_load_failure
+            self._num_failed_loads = self._num_failed_loads + 1 if is_load_failure else 0
             self._settle(question, None if reply.error is not None else bool(reply.value))
         elif self._child.elapsed_s > (self.limit_s if self._child.is_ready else self.load_limit_s):
             self.num_timeouts += 1

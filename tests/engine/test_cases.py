@@ -169,7 +169,7 @@ def test_d6_pruning_while_the_pool_is_too_small(tiny, scripts_env, page_size: st
 
 def test_d8_reasoning_stays_with_its_choice(scripted: Server):
     if "page16" not in scripted.name:
-        return  # the parser is a server flag; that configuration has it
+        pytest.skip("the parser is a server flag; the other configuration has it")
     settings = {"preset": "latency", "min_votes": 1, "eps": 0.5}
     said = chat(scripted, "D8: think", 2, settings, max_tokens=300, separate_reasoning=True)
     parts: dict[int, dict[str, str]] = {0: {"r": "", "c": ""}, 1: {"r": "", "c": ""}}
@@ -258,3 +258,24 @@ def test_strangers_run_beside_a_group_undisturbed(scripted: Server):
     thread.join()
     # bfloat16 rounds differently in another batch: up to the first near-tie of logits.
     assert texts and all(text[:4] == alone[:4] for text in texts)
+
+
+@pytest.mark.parametrize("how", ["all", "prefix"])
+def test_an_abort_that_decides_a_group_leaves_the_queue_walk_alone(scripted: Server, how: str):
+    """An abort of queued siblings can decide their group; SGLang walks its queue by index then."""
+    if "page16" not in scripted.name:
+        pytest.skip("needs fewer rows than siblings: the other configuration")
+    body = {"text": "D3: count", "rid": "walk",
+            "sampling_params": {"n": 24, "max_new_tokens": 400,
+                                "custom_params": {"deepprune": {"preset": "latency"}}}}  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        job = pool.submit(scripted.post, "/generate", body)
+        other = pool.submit(scripted.post, "/generate", {**body, "rid": "walk2"})
+        time.sleep(1.5)
+        said = {"abort_all": True} if how == "all" else {"rid": "walk"}
+        requests.post(f"{scripted.url}/abort_request", json=said, timeout=30)
+        for reply in (job.result(), other.result()):
+            assert reply.status_code == 200 and len(reply.json()) == 24
+    scripted.wait_idle()
+    assert scripted.is_alive and "live groups run on" not in scripted.log
+    assert set(scripted.log_lines("deepprune-tables")[-1].values()) == {0}

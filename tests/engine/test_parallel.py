@@ -13,6 +13,7 @@ from tests.engine.test_groups import DECIDE, PAPER, PRUNE, ask, group_of, states
 CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--tp", "2"), ("--dp", "2")], ids=["tp2", "dp2"])
 def test_a_group_is_whole_on_two_ranks(tiny, scripts_env, flags: tuple[str, str]):
     with Server(tiny, *COMMON, *MARKER, *flags, env={**scripts_env, **CORES}) as server:

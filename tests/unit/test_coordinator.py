@@ -10,7 +10,15 @@ import pytest
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator, Stop
 from sglang_deepprune.group import State
-from sglang_deepprune.types import ABSENT, Assignment, Close, FenceResult, JudgeResult, JudgeTask
+from sglang_deepprune.types import (
+    ABSENT,
+    Assignment,
+    Close,
+    Expire,
+    FenceResult,
+    JudgeResult,
+    JudgeTask,
+)
 
 TEXTS = {1: "so \\boxed{1}", 2: "so \\boxed{2}", 7: "nothing", 8: "\\boxed{(x+1)^2}",
          9: "\\boxed{x^2+2x+1}"}  # fmt: skip
@@ -40,6 +48,9 @@ class FakeFence:
     def ask(self, a: str, b: str) -> int:
         self.asked.append((a, b))
         return len(self.asked) - 1
+
+    def drop(self, tickets: Any) -> None:
+        self.dropped = list(tickets)
 
     def poll(self) -> list[tuple[int, bool | None]]:
         done, self.answers = self.answers, []
@@ -236,3 +247,57 @@ def test_aborts_leave_fewer_voters_and_can_decide():
             break
     assert [stop.index for stop in stops] == list(range(aborted + 1, 16))
     assert c.runs["g"].group.is_decided
+
+
+def test_a_group_of_many_formulas_asks_few_questions_and_waits_only_so_long():
+    c = coordinator(preset="collect")
+    fill(c, 40)
+    for index in range(40):
+        TEXTS[100 + index] = f"\\boxed{{(x+{index + 2})^2 + y^{index + 3}}}"
+        c.vote("g", index, [0, 0, 100 + index], False)
+        retired = c.retire("g", index, State.FINISHED, 3)
+    assert len(c.fence.asked) <= 16  # type: ignore[union-attr]
+    assert retired is not None and retired.is_pending
+    c.clock.now = 3.0  # type: ignore[attr-defined]
+    commands = c.poll()
+    assert any(isinstance(command, Expire) for command in commands)
+    for command in commands:
+        c.apply(command)
+    assert c.settle("g") is not None and c.is_idle
+
+
+def test_a_command_that_comes_twice_counts_once():
+    c = coordinator(preset="paper", cut="tokens", k2=2)
+    fill(c, 3)
+    for length in range(1, 5):
+        step(c, [0, 1, 2], length)
+    once = verdict(c, (0, 0), (1, 0), (2, 0))
+    c.apply(once)
+    c.apply(once)
+    assert c.runs["g"].group.clusters == [[0, 1, 2]] and c.runs["g"].group.judge_calls == 3
+
+
+def test_a_fence_that_cannot_be_asked_answers_by_the_broadcast():
+    c = coordinator(preset="collect")
+
+    def broken(a: str, b: str) -> int:
+        raise OSError("no more processes")
+
+    c.fence.ask = broken  # type: ignore[union-attr,method-assign]
+    fill(c, 2)
+    end(c, 0, 8)
+    c.vote("g", 1, [0, 0, 9], False)
+    assert c.retire("g", 1, State.FINISHED, 3).is_pending  # type: ignore[union-attr]
+    (command,) = c.poll()
+    assert isinstance(command, FenceResult) and command.is_same is None
+    c.apply(command)
+    assert c.settle("g") is not None
+
+
+def test_one_step_cuts_a_few_traces_and_the_next_ones_go_on():
+    c = coordinator(preset="paper", cut="tokens")
+    fill(c, 20)
+    for length in range(1, 8):
+        step(c, list(range(20)), length)
+    assert len(c.runs["g"].traces) == 20
+    assert len(c.judge.tasks[0].traces) == 8  # type: ignore[union-attr]
