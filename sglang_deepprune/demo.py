@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import socket
 import sys
 import threading
 import time
@@ -34,6 +35,7 @@ SERVER_FLAGS = (
 )  # fmt: skip
 # The checkpoint's own precision. SGLang would take float16, at half the speed on a CPU.
 CPU_SERVER_FLAGS = ("--dtype", "float32")
+FAILURES = (ServerError, OSError, HTTPException)  # of the server or of talking to it
 NARROWEST = 100  # columns of a table that goes to a file or a pipe
 
 
@@ -122,6 +124,8 @@ def signals_as_interrupts() -> Iterator[None]:
 def own_server(console: Console, port: int) -> Iterator[str]:
     """The URL of a server of our own. Its log stays when something fails, and is named."""
     flags = SERVER_FLAGS if has_gpu() else (*SERVER_FLAGS, *CPU_SERVER_FLAGS)
+    if port:
+        check_free(port)
     server = LocalServer(model_path(), *flags, max_total_tokens=80_000, port=port)
     log = Path(server.log_file.name)
     is_failed = False
@@ -132,13 +136,22 @@ def own_server(console: Console, port: int) -> Iterator[str]:
                     console.print("starting a real SGLang server on the embedded reasoner ...")
                 stack.enter_context(server)
             yield server.url
-    except Exception:
+    except FAILURES as error:
         is_failed = True
-        console.print(f"the server's log: {log}", soft_wrap=True, highlight=False)
-        raise
+        raise ServerError(f"{error}\nthe server's log: {log}") from error
     finally:
         if not is_failed:
             log.unlink(missing_ok=True)
+
+
+def check_free(port: int) -> None:
+    """Raise ServerError where another process listens: SGLang would find out after minutes."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ServerError(f"--port {port}: {error.strerror}; choose another one") from error
 
 
 def compare_modes(
@@ -203,11 +216,13 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the server is stopped")
         return 130
-    except (ServerError, OSError, HTTPException) as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
+    except FAILURES as error:
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
     console.print(table_of(rows, f"n={args.n}, temperature 1, the same seeds in every mode"))
-    console.print("cons@k: plain sampling of k siblings, at as many tokens as the mode spent")
+    console.print(
+        "cons@k: a vote of k plain siblings, k chosen to spend as many tokens as the mode"
+    )
     if args.json:
         write_json(args.json, "demo", rows)
     return 0

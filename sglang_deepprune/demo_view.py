@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich import box
 from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
@@ -19,6 +20,7 @@ from rich.text import Text
 from sglang_deepprune.equal_tokens import is_same
 
 CELLS_A_LINE = 8
+PAPER_CUT_WORDS = 25
 LEGEND = (
     "[green]answer[/] right  [red]answer[/] wrong  ▪ running  [yellow]✂ pruned[/]  "
     "[cyan]■ vote decided[/]  [dim]- not started[/]"
@@ -122,8 +124,8 @@ def render(cell: Cell, gold: str) -> Text:
 
 def table_of(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """One column a mode; `rows` are those of the JSON file, ratios included."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for row in rows:
         table.add_column(row["mode"], justify="right")
     for label, show in _LINES:
@@ -150,17 +152,18 @@ def _with_ratio(key: str) -> Callable[[dict[str, Any]], str]:
 def _cut(row: dict[str, Any]) -> str:
     if row["cut_words"] is None:
         return "-"
-    mark = "" if row["cut_words"] == 25 else " (not 25)"
-    return f"{row['cut_words']} words{mark}, {100 * row['cut_share']:.0f} % of a trace"
+    mark = "" if row["cut_words"] == PAPER_CUT_WORDS else f" (paper: {PAPER_CUT_WORDS})"
+    return f"{row['cut_words']} words{mark}"
 
 
 _LINES: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("questions", _count("questions")),
     ("votes right", _share("vote_right")),
-    ("cons@k, same tokens", _share("cons_k_right")),
+    ("cons@k right", _share("cons_k_right")),
     ("  k", lambda row: f"{row['cons_k']:.1f}"),
     ("one sample right", _share("single_right")),
     ("same winner as plain", _share("same_winner")),
+    ("same texts as plain", _share("same_texts")),
     ("tokens a question", _with_ratio("tokens")),
     ("seconds", _with_ratio("seconds")),
     ("siblings finished", _count("finished")),
@@ -169,6 +172,7 @@ _LINES: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("  not started", _count("not_started")),
     ("judge: pairs", _count("judge_calls")),
     ("judge: tokens read", _count("judge_tokens")),
-    ("judge: window, steps", lambda row: str(row["window"] or "-")),
+    ("judge: window", lambda row: f"{row['window']} steps" if row["window"] else "-"),
     ("judge: cut", _cut),
+    ("  of a whole trace", _share("cut_share")),
 )

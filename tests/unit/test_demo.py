@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,7 +111,7 @@ def test_a_row_counts_states_and_compares_winners_with_plain():
     row = row_of(Mode("m", {}), [outcome("4.0", 10), outcome(None, 10)], 1.5, plain)
     assert (row["vote_right"], row["same_winner"], row["single_right"]) == (0.5, 0.5, 1.0)
     assert (row["finished"], row["pruned"], row["tokens"], row["judge_calls"]) == (2, 2, 13, 4)
-    assert row["other_ends"] == 2
+    assert row["other_ends"] == 2 and row["same_texts"] == 1
     assert (row["cut_words"], row["cut_share"]) == (None, None)  # `latency` lets no judge prune
 
 
@@ -141,7 +143,7 @@ def test_the_table_names_a_cut_that_is_not_the_papers():
     console = Console(width=100, record=True, force_terminal=False)
     console.print(table)
     text = console.export_text()
-    assert "4 words (not 25)" in text and "25 words," in text and "(x1.00)" in text
+    assert "4 words (paper: 25)" in text and "25 words " in text and "(x1.00)" in text
 
 
 def test_a_reply_without_a_record_is_explained(monkeypatch: pytest.MonkeyPatch):
@@ -150,6 +152,36 @@ def test_a_reply_without_a_record_is_explained(monkeypatch: pytest.MonkeyPatch):
     runner = demo.Runner("http://x", 2, seed=0, concurrency=1, console=Console(quiet=True))
     with pytest.raises(ServerError, match="--enable-deepprune"):
         runner.run(modes([])[0], [Question("2 + 2", "4", "easy")])
+
+
+def test_a_port_in_use_is_refused_before_a_server_is_started(capsys: pytest.CaptureFixture[str]):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert demo.main(["--port", str(port)]) == 1
+    assert f"--port {port}: Address already in use" in capsys.readouterr().out
+
+
+def test_a_failure_names_the_log_of_the_server_and_keeps_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    class Dead:
+        def __init__(self, *_: object, **__: object):
+            self.log_file = (tmp_path / "server.log").open("w")
+
+        def __enter__(self) -> None:
+            raise ServerError("it ended at start")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(demo, "LocalServer", Dead)
+    with (
+        pytest.raises(ServerError, match=r"it ended at start\n.*server\.log"),
+        demo.own_server(Console(quiet=True), 0),
+    ):
+        pass
+    assert (tmp_path / "server.log").exists()
 
 
 @pytest.mark.parametrize("argv", [["--questions", "0"], ["--n", "1"], ["--presets", "collect"]])

@@ -155,7 +155,7 @@ def outcome_of(**changes):
     choices = reply((3, 2, 0), ("finished", "pruned", "not_started"), RECORD)
     outcome = read_reply(Policy("paper", "similarity", 0), played(), choices, 1.0)
     fields = {name: getattr(outcome, name) for name in Outcome.__slots__}
-    usage = Usage(wall_s=2.0, cpu_s=1.0, kv_sum=30, kv_samples=3, kv_peak=20)
+    usage = Usage(wall_s=2.0, cpu_s=1.0, steps=9, kv_sum=30, kv_samples=3, kv_peak=20)
     return Outcome(**{**fields, "usage": usage, **changes})
 
 
@@ -187,7 +187,7 @@ def test_rows_are_sums_over_questions():
     )
     assert row["decode_tokens"] == 10
     assert row["judge_tokens"] == 180
-    assert row["wall_s"] == 4.0
+    assert (row["wall_s"], row["cpu_s"], row["steps"]) == (4.0, 2.0, 18)
     assert (row["kv_peak"], row["kv_mean"]) == (20, 10)
     assert (row["accuracy"], row["same_winner"]) == (0.5, 0.5)
     assert row["cons_k"] == pytest.approx(10 / 8)  # a trace of both questions takes 8
