@@ -148,7 +148,7 @@ def save_plot(report: Report, path: Path) -> None:
     whole = report.cons[-1]["tokens"]
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     line = [(one["tokens"] / whole, 100 * one["accuracy"]) for one in report.cons]
-    axes.plot(*zip(*line, strict=True), "o-", color="0.6", markersize=3, label="cons@k, expected")
+    axes.plot(*zip(*line, strict=True), "k.-", linewidth=1, label="cons@k, expected")
     for row, marker in zip(report.rows, "sD^vP*X<>hpd8" * 2, strict=False):
         judge = "" if row["judge"] == "none" else f", {row['judge']}"
         k2 = "" if row["k2"] is None else f", K2={row['k2']}"
@@ -159,7 +159,10 @@ def save_plot(report: Report, path: Path) -> None:
     axes.set_xlabel("decode tokens, as a share of plain n>1")
     axes.set_ylabel("right answers, %")
     count = report.rows[0]["questions"]
-    axes.set_title(f"{count} questions, {report.num_siblings} recorded traces")
+    axes.set_title(
+        f"{count} questions of {100 / count:.1f} points each, {report.num_siblings} recorded traces",
+        fontsize="medium",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

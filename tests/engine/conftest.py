@@ -17,7 +17,10 @@ from tests.engine import scenario
 from tests.engine.server import Server
 from tests.engine.tiny_model import make_tiny_model
 
-COMMON = ("--enable-deepprune", "--deepprune-log-steps", "--deepprune-window", "8")
+# An idle scheduler spins a core that the next server needs.
+COMMON = (
+    "--enable-deepprune", "--deepprune-log-steps", "--deepprune-window", "8", "--sleep-on-idle",
+)  # fmt: skip
 MARKER = ("--deepprune-judge", "python:tests.marker_judge:make", "--deepprune-judge-deadline-ms",
           "1500")  # fmt: skip
 CONFIGS: dict[str, tuple[str, ...]] = {
