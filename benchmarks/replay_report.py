@@ -160,7 +160,7 @@ def save_plot(report: Report, path: Path) -> None:
     axes.set_ylabel("right answers, %")
     count = report.rows[0]["questions"]
     axes.set_title(
-        f"{count} questions of {100 / count:.1f} points each, {report.num_siblings} recorded traces",
+        f"{count} questions of {100 / count:.1f} points, {report.num_siblings} recorded traces",
         fontsize="medium",
     )
     axes.grid(alpha=0.3)
