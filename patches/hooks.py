@@ -14,7 +14,7 @@ from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
 from sglang_deepprune.patches.build import build_engine
-from sglang_deepprune.patches.scheduler import _COMMANDS, Engine
+from sglang_deepprune.patches.scheduler import _COMMANDS, Arrival, Engine
 
 logger = logging.getLogger(__name__)
 
@@ -37,49 +37,94 @@ def scheduler_init(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 def add_request_to_queue(
     original: Callable[..., Any], self: Any, req: Any, is_retracted: bool = False
 ) -> Any:
-    """AROUND `Scheduler._add_request_to_queue`."""
+    """AROUND `Scheduler._add_request_to_queue`: siblings are admitted, held or answered at once."""
     ours = _engine
-    custom = req.sampling_params.custom_params
-    if ours is None or not custom or not wire.is_ours(custom, ours.token):
+    if ours is None:
         return original(self, req, is_retracted)
-    if ours.guard(ours.admit, req):
+    custom = req.sampling_params.custom_params
+    if not custom or not wire.is_ours(custom, ours.token):
+        if ours.coordinator.is_idle or is_retracted:
+            return original(self, req, is_retracted)
+        ours.room.stamp(req)
+        with ours.room.shown():
+            return original(self, req, is_retracted)
+    arrival = ours.guard(ours.arrive, req)
+    if arrival is Arrival.DONE:
         return None
-    return original(self, req, is_retracted)
+    if arrival is Arrival.RETURNS:
+        with ours.room.unlimited():
+            original(self, req, is_retracted)
+        ours.guard(ours.room.requeue, req)
+        return None
+    with ours.room.shown():
+        original(self, req, is_retracted)
+    if arrival is Arrival.IS_HELD:
+        ours.guard(ours.room.hold_last, req)
+    return None
 
 
 def abort_request(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
-    """AROUND `Scheduler.abort_request`: the rid of an n>1 request stands for its siblings'.
+    """AROUND `Scheduler.abort_request`: the rid of an n>1 request stands for its siblings', and
+    held siblings are in sight.
 
     One tokenizer process translates the rid itself; with several, it may not be the one that knows.
     """
     ours = _engine
-    if ours is not None and not recv_req.abort_all and ours.live:
-        siblings = ours.siblings_of(recv_req.rid)
+    if ours is None or not ours.live:
+        return original(self, recv_req)
+    siblings = [] if recv_req.abort_all else ours.siblings_of(recv_req.rid)
+    with ours.room.shown():
         for rid in siblings:
             original(self, AbortReq(rid=rid))
-        if siblings:
-            return None
-    return original(self, recv_req)
+        return None if siblings else original(self, recv_req)
+
+
+def with_held(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND whatever looks at SGLang's queue and must see the held siblings there."""
+    ours = _engine
+    if ours is None or not ours.room.held:
+        return original(self, *args, **kwargs)
+    with ours.room.shown():
+        return original(self, *args, **kwargs)
+
+
+def poll_timeout_aborts(original: Callable[..., Any], self: Any) -> Any:
+    """AROUND `Scheduler._poll_timeout_aborts`: held siblings time out as queued ones do."""
+    return poll_commands(with_held(original, self), self)
+
+
+def get_new_batch_prefill(
+    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND `Scheduler._get_new_batch_prefill_raw`: extras yield, or start."""
+    ours = _engine
+    if ours is None or not (ours.room.held or ours.rows.extras):
+        return original(self, *args, **kwargs)
+    batch = kwargs.get("running_batch") or (args[1] if len(args) > 1 else self.running_batch)
+    ours.guard(ours.rows.before_prefill, batch)
+    planned = original(self, *args, **kwargs)
+    batch = planned[1] if isinstance(planned, tuple) else self.running_batch
+    ours.guard(ours.rows.after_prefill, batch)
+    return planned
 
 
 def process_input_requests(original: Callable[..., Any], self: Any, recv_reqs: Any) -> Any:
     """AROUND `Scheduler.process_input_requests`: our commands are not SGLang's to dispatch."""
     ours = _engine
-    if ours is None or not recv_reqs:
+    if ours is None or not (recv_reqs or ours.has_lost):
         return original(self, recv_reqs)
-    commands = [one for one in recv_reqs if isinstance(one, _COMMANDS)]
-    if not commands:
-        result = original(self, recv_reqs)
-        ours.guard(ours.replan_lost)
-        return result
-    result = original(self, [one for one in recv_reqs if not isinstance(one, _COMMANDS)])
-    ours.guard(ours.apply, commands)
+    commands = [one for one in recv_reqs or () if isinstance(one, _COMMANDS)]
+    if commands:
+        recv_reqs = [one for one in recv_reqs if not isinstance(one, _COMMANDS)]
+    result = original(self, recv_reqs)
+    if commands:
+        ours.guard(ours.apply, commands)
     ours.guard(ours.replan_lost)
     return result
 
 
 def poll_commands(result: Any, self: Any) -> Any:
-    """AFTER `Scheduler._poll_timeout_aborts` or `SchedulerRequestReceiver._pull_raw_reqs`."""
+    """AFTER `SchedulerRequestReceiver._pull_raw_reqs`: what is broadcast with the requests."""
     ours = _engine
     if ours is None or ours.coordinator.is_idle or result is None:
         return None
@@ -101,6 +146,7 @@ def process_batch_result_decode(
     ours.guard(ours.before_result, batch, result)
     returned = original(self, batch, result)
     ours.guard(ours.after_result, batch)
+    ours.rows.decoded(len(batch.reqs))
     return returned
 
 
@@ -120,6 +166,7 @@ def _timed(original: Callable[..., Any], self: Any, batch: Any, result: Any, our
     resumed = time.perf_counter_ns()
     if not ours.coordinator.is_idle:
         ours.guard(ours.after_result, batch)
+        ours.rows.decoded(len(batch.reqs))
     end = time.perf_counter_ns()
     if _last_end:
         ours.steps.spent(middle - start + end - resumed, end - _last_end, len(batch.reqs))
@@ -133,8 +180,10 @@ def process_batch_result_prefill(
     """AROUND `process_batch_result_prefill`: decode rows of a mixed batch count their step here."""
     ours = _engine
     returned = original(self, batch, result)
-    if ours is not None and batch.decoding_reqs and not ours.coordinator.is_idle:
-        ours.guard(ours.after_result, batch)
+    if ours is not None and not ours.coordinator.is_idle:
+        ours.rows.interrupted()
+        if batch.decoding_reqs:
+            ours.guard(ours.after_result, batch)
     return returned
 
 
@@ -143,12 +192,12 @@ def stream_output(
 ) -> Any:
     """AROUND `SchedulerOutputStreamer.stream_output`: the door through which siblings end."""
     ours = _engine
-    if ours is None or not (ours.live or ours.held):
+    if ours is None or not (ours.live or ours.pending):
         return original(self, reqs, return_logprob, skip_req)
     ours.guard(ours.close, reqs, skip_req)
-    if ours.held:
+    if ours.pending:
         # Under overlap a finished row comes by once more, in the batch that was launched already.
-        reqs = ours.without_held(reqs)
+        reqs = ours.without_pending(reqs)
         if not reqs:
             return None
     return original(self, reqs, return_logprob, skip_req)
@@ -175,7 +224,11 @@ TABLE: dict[str, Callable[..., Any]] = {
     "Scheduler._add_request_to_queue": add_request_to_queue,
     "Scheduler.abort_request": abort_request,
     "Scheduler.process_input_requests": process_input_requests,
-    "Scheduler._poll_timeout_aborts": poll_commands,
+    "Scheduler._poll_timeout_aborts": poll_timeout_aborts,
+    "Scheduler._abort_on_waiting_timeout": with_held,
+    "Scheduler.is_fully_idle": with_held,
+    "Scheduler._get_new_batch_prefill_raw": get_new_batch_prefill,
+    "SchedulerLoadInquirer.get_loads": with_held,
     "SchedulerRequestReceiver._pull_raw_reqs": poll_commands,
     "SchedulerBatchResultProcessor.process_batch_result_decode": process_batch_result_decode,
     "SchedulerBatchResultProcessor.process_batch_result_prefill": process_batch_result_prefill,

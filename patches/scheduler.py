@@ -12,25 +12,37 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.coordinator import Command, Coordinator, Retired, Stop
+from sglang_deepprune.coordinator import Action, Command, Coordinator, Retired, Start, Stop
 from sglang_deepprune.group import State
 from sglang_deepprune.noise import sibling_seed
 from sglang_deepprune.patches import finish, sampling, wire
+from sglang_deepprune.patches.rows import Rows
 from sglang_deepprune.patches.server_args import token_of
 from sglang_deepprune.patches.steplog import StepLog
-from sglang_deepprune.types import Close, Expire, FenceResult, JudgeResult
+from sglang_deepprune.patches.waiting import WaitingRoom
+from sglang_deepprune.types import Close, Expire, FenceResult, Fill, JudgeResult
 
 logger = logging.getLogger(__name__)
 
-_COMMANDS = (JudgeResult, FenceResult, Close, Expire)
+_COMMANDS = (JudgeResult, FenceResult, Close, Expire, Fill)
 _THINK_TAIL = 8  # tokens of the prompt's end
 _THINK_MARKS = ("<think>", "<thinking>", "<reasoning>", "[THINK]", "◁think▷")
+
+
+class Arrival(Enum):
+    """What becomes of a sibling that comes to SGLang's queue."""
+
+    STARTS = "starts"
+    IS_HELD = "is held"  # within its group, once SGLang has checked it as any other request
+    RETURNS = "returns"  # was admitted before: retracted, preempted or paused
+    DONE = "done"  # answered, or sent back to its group
 
 
 @dataclass(slots=True)
@@ -53,46 +65,60 @@ class Engine:
         self.coordinator = coordinator
         self.live: dict[str, Live] = {}  # rid ->
         self.rids: dict[tuple[str, int], str] = {}  # (group, index) -> rid
-        self.held: dict[str, tuple[Any, Retired]] = {}  # group -> its last output, vote not counted
+        self.pending: dict[
+            str, tuple[Any, Retired]
+        ] = {}  # group -> its last output, vote not counted
         self.outbox: list[Command] = []  # the leader's, until seen back in the broadcast
         self.token = token_of(scheduler.server_args)
         self.is_deterministic = bool(scheduler.server_args.enable_deterministic_inference)
         self.steps = StepLog(scheduler, config.log_steps)
+        self.room = WaitingRoom(scheduler)
+        self.rows = Rows(self, config.fill)
         self._lost: set[str] = set()  # groups that lost siblings to an abort, not replanned yet
         self._faults: set[str] = set()
 
     # -- admission ---------------------------------------------------------------------------
 
-    def admit(self, req: Any) -> bool:
-        """A sibling enters the queue, or comes back to it. True: it was answered at once."""
+    def arrive(self, req: Any) -> Arrival:
+        """A sibling comes to SGLang's queue, for the first time or again."""
         known = self.live.get(req.rid)
         if known is not None:
-            # A doomed sibling that was retracted: it holds no KV and must not start again.
             if isinstance(req.to_finish, finish.FinishStopped):
-                self._answer(req, req.to_finish.state)
-                return True
-            return False
+                # Doomed, and retracted: it holds no KV and must not start again.
+                self._end([req], req.to_finish.state)
+                return Arrival.DONE
+            if req.rid in self.rows.extras:
+                self.rows.send_back(req)
+                return Arrival.DONE
+            return Arrival.RETURNS
         tagged = req.sampling_params.custom_params[wire.TAG]
-        admitted = self.coordinator.admit(
+        admission = self.coordinator.admit(
             tagged["gid"], tagged["index"], tagged["size"], wire.settings_of(tagged),
             req.sampling_params.max_new_tokens or 0,
             starts_in_reasoning=self._opens_thinking(req.origin_input_ids),
         )  # fmt: skip
-        if admitted is None:
-            return False
-        index, end = admitted
-        self.live[req.rid] = Live(req, tagged["gid"], index, tagged["rid"])
-        self.rids[tagged["gid"], index] = req.rid
+        if admission is None:
+            return Arrival.STARTS
+        self.live[req.rid] = Live(req, tagged["gid"], admission.index, tagged["rid"])
+        self.rids[tagged["gid"], admission.index] = req.rid
+        run = self.coordinator.runs[tagged["gid"]]
+        run.order = self.room.stamp(req, run.order or None)
         seed = req.sampling_params.sampling_seed
         if seed is not None or self.is_deterministic:
-            own = sibling_seed(42 if seed is None else seed, index)
+            own = sibling_seed(42 if seed is None else seed, admission.index)
             if self.is_deterministic:
                 req.sampling_params.sampling_seed = own
             else:
                 sampling.SEEDS[req.rid] = own
-        if end is not None:
-            self._answer(req, end)
-        return end is not None
+        if admission.end is not None:
+            self._end([req], admission.end)
+            return Arrival.DONE
+        return Arrival.IS_HELD if admission.is_held else Arrival.STARTS
+
+    def req_of(self, group_id: str, index: int) -> Any:
+        """The Req of a sibling; None when it has ended."""
+        rid = self.rids.get((group_id, index))
+        return self.live[rid].req if rid is not None else None
 
     def _opens_thinking(self, prompt_ids: Sequence[int]) -> bool:
         """Some chat templates end the prompt with an open think block (DeepSeek-R1)."""
@@ -111,7 +137,7 @@ class Engine:
         ids = result.next_token_ids
         tokens = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         self.replan_lost()
-        stops: list[Stop] = []
+        actions: list[Action] = []
         for req, token in zip(batch.reqs, tokens, strict=False):
             live = self.live.get(req.rid)
             if live is None or req.finished() or req.is_retracted:
@@ -124,8 +150,8 @@ class Engine:
                 req.to_finish, req.skip_radix_cache_insert = None, live.skipped_insert
                 self.coordinator.revive(live.group_id, live.index)
             output_ids = [*req.output_ids, token] if is_cut else list(req.output_ids)
-            stops += self.coordinator.vote(live.group_id, live.index, output_ids, is_cut)
-        self._stop(stops)
+            actions += self.coordinator.vote(live.group_id, live.index, output_ids, is_cut)
+        self._act(actions)
 
     def after_result(self, batch: Any) -> None:
         """Count the step for the groups in this batch; the window may hand traces to the judge."""
@@ -139,25 +165,30 @@ class Engine:
 
     # -- verdicts ----------------------------------------------------------------------------
 
-    def poll(self) -> list[Command]:
+    def poll(self) -> list[Command | Fill]:
         """Leader: commands for the next broadcast, and those that were not seen back yet.
 
         Not guarded: to abandon groups on this rank alone would split the ranks.
         """
+        fills: list[Fill] = []
         try:
             self.outbox += self.coordinator.poll()
+            fills = self.rows.wanted()
         except Exception:
             if "poll" not in self._faults:
                 self._faults.add("poll")
-                logger.exception("deepprune: polling judge or fence failed; no verdict")
-        return list(self.outbox)
+                logger.exception("deepprune: polling judge, fence or free rows failed")
+        return [*self.outbox, *fills]
 
-    def apply(self, commands: Sequence[Command]) -> None:
+    def apply(self, commands: Sequence[Command | Fill]) -> None:
         """Every rank, at the top of the same loop iteration."""
         self.outbox = [command for command in self.outbox if command not in commands]
         for command in commands:
-            self._stop(self.coordinator.apply(command))
-            held = self.held.get(command.group_id)
+            if isinstance(command, Fill):
+                self.rows.fills.append(command)
+                continue
+            self._act(self.coordinator.apply(command))
+            held = self.pending.get(command.group_id)
             if held is not None:
                 self._settle(command.group_id, *held)
             else:
@@ -167,27 +198,38 @@ class Engine:
         record = self.coordinator.settle(group_id)
         if record is None:
             return
-        del self.held[group_id]
+        del self.pending[group_id]
         finish.annotate(req.finished_reason, Retired(retired.choice, record))
         self.scheduler.output_streamer.stream_output([req], req.return_logprob)
         self._log_tables()
 
-    def _stop(self, stops: Sequence[Stop]) -> None:
-        for stop in stops:
-            rid = self.rids.get((stop.group_id, stop.index))
-            if rid is None:
+    def _act(self, actions: Sequence[Action]) -> None:
+        ended: dict[State, list[Any]] = {}
+        num_stopped = 0
+        for action in actions:
+            req = self.req_of(action.group_id, action.index)
+            if req is None:
                 continue
-            live = self.live[rid]
-            req = live.req
-            if self._take_from_queue(req):
-                self._answer(req, stop.state)
+            if isinstance(action, Start):
+                if self.room.take(req):
+                    self.room.queue(req)
+                continue
+            num_stopped += 1
+            if self.room.take(req) or self._take_from_queue(req):
+                ended.setdefault(action.state, []).append(req)
             elif not req.finished() and not isinstance(req.to_finish, FINISH_ABORT):
-                req.to_finish = finish.FinishStopped(stop.state, len(req.output_ids))
-                live.skipped_insert = req.skip_radix_cache_insert
-                # The private tail goes back to the allocator instead of into the radix tree. Not
-                # before the first token: the prompt of a sibling in prefill is everybody's.
-                req.skip_radix_cache_insert |= len(req.output_ids) > 0
-        self.steps.doomed(len(stops))
+                self._doom(req, action)
+        for state, reqs in ended.items():
+            self._end(reqs, state)
+        self.steps.doomed(num_stopped)
+
+    def _doom(self, req: Any, stop: Stop) -> None:
+        """SGLang ends it in the result processing that comes next."""
+        req.to_finish = finish.FinishStopped(stop.state, len(req.output_ids))
+        self.live[req.rid].skipped_insert = req.skip_radix_cache_insert
+        # The private tail goes back to the allocator instead of into the radix tree. Not before the
+        # first token: the prompt of a sibling in prefill is everybody's.
+        req.skip_radix_cache_insert |= len(req.output_ids) > 0
 
     def _take_from_queue(self, req: Any) -> bool:
         """Out of SGLang's waiting or grammar queue, if it is in one and owns nothing.
@@ -211,14 +253,18 @@ class Engine:
                     return True
         return False
 
-    def _answer(self, req: Any, state: State) -> None:
-        """End a sibling that holds no row: one terminal output with what it has, maybe nothing."""
+    def _end(self, reqs: Sequence[Any], state: State) -> None:
+        """End siblings that hold no row: one terminal output each, with what it has."""
         release = getattr(self.scheduler, "_release_aborted_request", None)  # 0.5.21 and later
-        if release is not None:
-            release(req)
-        req.to_finish = finish.FinishStopped(state, len(req.output_ids))
-        req.update_finish_state()
-        self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+        for req in reqs:
+            if release is not None:
+                release(req)
+            req.to_finish = finish.FinishStopped(state, len(req.output_ids))
+            req.update_finish_state()
+        for wants_logprob in (False, True):
+            some = [req for req in reqs if bool(req.return_logprob) is wants_logprob]
+            if some:
+                self.scheduler.output_streamer.stream_output(some, wants_logprob)
 
     # -- the two doors -----------------------------------------------------------------------
 
@@ -236,13 +282,13 @@ class Engine:
                 # A no-op for ends that `before_result` saw; stop strings and grammar come here.
                 output_ids = _text_ids(live.req)
                 cut = finish.is_cut(reason)
-                self._stop(self.coordinator.vote(live.group_id, live.index, output_ids, cut))
+                self._act(self.coordinator.vote(live.group_id, live.index, output_ids, cut))
         for live in ended:
             self._retire(live, finish.state_of(live.req.finished_reason))
 
-    def without_held(self, reqs: Sequence[Any]) -> list[Any]:
+    def without_pending(self, reqs: Sequence[Any]) -> list[Any]:
         """`reqs` less the last outputs that wait for their group's vote to be counted."""
-        waiting = {id(req) for req, _ in self.held.values()}
+        waiting = {id(req) for req, _ in self.pending.values()}
         return [req for req in reqs if id(req) not in waiting]
 
     def _retire(self, live: Live, state: State) -> None:
@@ -252,11 +298,13 @@ class Engine:
         tokens = len(req.output_ids)
         if tokens == 0 and isinstance(req.finished_reason, finish.FinishStopped):
             state = State.NOT_STARTED
+        if state in (State.ABORTED, State.FAILED):
+            self._lost.add(live.group_id)
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         if retired is None:
             return
         if retired.is_pending:
-            self.held[live.group_id] = (req, retired)
+            self.pending[live.group_id] = (req, retired)
         else:
             finish.annotate(req.finished_reason, retired)
         self._log_tables()
@@ -281,19 +329,29 @@ class Engine:
         self._lost.add(live.group_id)
         self._log_tables()
 
+    @property
+    def has_lost(self) -> bool:
+        """Groups have lost siblings and were not replanned yet."""
+        return bool(self._lost)
+
     def replan_lost(self) -> None:
         """At a safe point: fewer siblings may still vote, which can decide their groups."""
-        for group_id in sorted(self._lost):
-            self._stop(self.coordinator.lost(group_id))
-        self._lost.clear()
+        lost, self._lost = sorted(self._lost), set()
+        for group_id in lost:
+            self._act(self.coordinator.lost(group_id))
 
     def _drop(self, live: Live) -> None:
         self.live.pop(live.req.rid, None)
         self.rids.pop((live.group_id, live.index), None)
+        self.room.take(live.req)
+        self.rows.extras.pop(live.req.rid, None)
         sampling.SEEDS.pop(live.req.rid, None)
 
     def _log_tables(self) -> None:
-        own = {"live": len(self.live), "rids": len(self.rids), "held": len(self.held)}
+        own = {
+            "live": len(self.live), "rids": len(self.rids), "pending": len(self.pending),
+            "held": len(self.room.held), "extras": len(self.rows.extras),
+        }  # fmt: skip
         self.steps.tables({**self.coordinator.sizes, **own, "seeds": len(sampling.SEEDS)})
 
     def siblings_of(self, stem: str) -> list[str]:
@@ -317,11 +375,12 @@ class Engine:
             return None
 
     def _abandon(self) -> None:
-        held = [req for req, _ in self.held.values()]
+        pending = [req for req, _ in self.pending.values()]
         self.coordinator.abandon()
-        for table in (self.live, self.rids, self.held, sampling.SEEDS):
+        for table in (self.live, self.rids, self.pending, self.rows.extras, sampling.SEEDS):
             table.clear()
-        for req in held:
+        self.room.release()
+        for req in pending:
             self.scheduler.output_streamer.stream_output([req], req.return_logprob)
 
 

@@ -12,12 +12,33 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-PRESETS = ("paper", "latency", "collect")
 CUTS = ("tokens", "words")
 RETURNS = ("all", "survivors", "vote")
 FLAG_PREFIX = "deepprune"
+
+ADMISSIONS = ("lazy", "eager")
+
+
+class Preset(NamedTuple):
+    """What a preset says where the caller says nothing (docs/design.md has the measurements)."""
+
+    admission: str
+    eps: float  # 0: never stop for a decided vote
+    give_up_votes: int = 0
+    prunes: bool = False
+
+
+_PRESETS = {
+    "balanced": Preset("lazy", 0.05),
+    "faithful": Preset("lazy", 0.01),
+    "economy": Preset("lazy", 0.05, give_up_votes=16),
+    "latency": Preset("eager", 0.05),
+    "paper": Preset("eager", 0.0, prunes=True),
+    "collect": Preset("eager", 0.0),
+}
+PRESETS = tuple(_PRESETS)
 
 Scope = Literal["server", "request", "wire"]
 
@@ -69,7 +90,24 @@ class DeepPruneConfig:
         "on", "Which n>1 requests are groups: all ('on'), or those that ask for it ('opt-in').",
         scope="server", choices=("on", "opt-in"),
     )  # fmt: skip
-    preset: str = _setting("latency", "Named policy: see the presets table.", choices=PRESETS)
+    preset: str = _setting("balanced", "Named policy: see the presets table.", choices=PRESETS)
+    admission: str | None = _setting(
+        None, "Start the siblings as votes ask for them ('lazy'), or all at once ('eager').",
+        choices=ADMISSIONS,
+    )  # fmt: skip
+    base: int = _setting(
+        4, "Siblings that a lazy group has running at once; each undecided vote starts one more.",
+        low=1, high=4096, kind=int,
+    )  # fmt: skip
+    widen: float = _setting(
+        0.5, "Share of `base` that a lazy group gets on top a mean trace length of age.",
+        low=0.0, high=64.0, kind=float,
+    )  # fmt: skip
+    fill: float = _setting(
+        0.25, "Largest growth of a decode step for which free rows are filled beyond what the "
+        "votes ask for, by the measured step times; 0: never fill.",
+        scope="server", low=0.0, high=100.0, kind=float,
+    )  # fmt: skip
     window: int = _setting(
         32, "W: decode steps between two looks at a group (paper, section 4.2).",
         low=1, high=4096, kind=int,
@@ -104,10 +142,15 @@ class DeepPruneConfig:
         0, "K3: traces that run on when all clusters are singletons; 0: as K2.",
         low=0, high=4096, kind=int,
     )  # fmt: skip
-    eps: float = _setting(
-        0.05, "Chance of another winner below which a vote counts as decided.",
+    eps: float | None = _setting(
+        None, "Chance of another winner below which a vote counts as decided; 0: never.",
         low=0.0, high=0.5, kind=float,
     )  # fmt: skip
+    give_up_votes: int | None = _setting(
+        None, "Votes after which a group whose leader has less than `give_up_share` of them stops; "
+        "0: never.", low=0, high=4096, kind=int,
+    )  # fmt: skip
+    give_up_share: float = _setting(0.3, "See `give_up_votes`.", low=0.0, high=1.0, kind=float)
     min_votes: int = _setting(
         3, "Finished siblings before a vote can be decided.", low=1, high=4096, kind=int
     )
@@ -150,13 +193,24 @@ class DeepPruneConfig:
         return self.cut or ("words" if self.preset == "paper" else "tokens")
 
     @property
-    def stops_when_decided(self) -> bool:
-        return self.preset == "latency"
+    def is_lazy(self) -> bool:
+        return (self.admission or _PRESETS[self.preset].admission) == "lazy"
+
+    @property
+    def decided_eps(self) -> float:
+        """eps, after the preset had its say; 0: a decided vote stops nobody."""
+        return _PRESETS[self.preset].eps if self.eps is None else self.eps
+
+    @property
+    def votes_to_give_up(self) -> int:
+        """0: never."""
+        given = self.give_up_votes
+        return _PRESETS[self.preset].give_up_votes if given is None else given
 
     @property
     def prunes_by_judge(self) -> bool:
         """`paper` always lets the judge prune; no other preset does before a card allows it."""
-        return self.preset == "paper"
+        return _PRESETS[self.preset].prunes
 
     @property
     def is_judged(self) -> bool:

@@ -1,10 +1,11 @@
 """The one object the engine side holds: admit, observe, vote, poll, apply, retire.
 
 Owns every group from its first sibling to its record, and takes the vote, once. It knows no engine:
-it is told what happened and answers with `Stop`s. Nothing here blocks. The halves are apart, as in
-SGLang's beam search: what all ranks see (tokens, aborts) is acted on by all ranks alike; what rests
-on a clock, a judge or the answer fence is gathered by the leader in `poll`, broadcast by the engine
-and acted on in `apply`, so that every rank decides the same at the same step.
+it is told what happened and answers with `Stop`s and `Start`s. Nothing here blocks. The halves are
+apart, as in SGLang's beam search: what all ranks see (tokens, aborts) is acted on by all ranks
+alike; what rests on a clock, a judge or the answer fence is gathered by the leader in `poll`,
+broadcast by the engine and acted on in `apply`, so that every rank decides the same at the same
+step.
 """
 
 from __future__ import annotations
@@ -54,6 +55,26 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """Queue this held sibling now, at its group's place."""
+
+    group_id: str
+    index: int
+
+
+Action = Stop | Start
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What becomes of a sibling that arrives: queued, held, or ended before it starts."""
+
+    index: int
+    is_held: bool = False
+    end: State | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Retired:
     """What a sibling's last output carries. `is_pending`: hold it until the vote is counted."""
 
@@ -76,6 +97,7 @@ class Run:
     over_s: float | None = None  # since when its last output waits for the fence
     is_behind: bool = False  # more siblings have reached the cut than one step could read
     touched_s: float = 0.0
+    order: int = 0  # the engine's: when the group's first sibling arrived
 
     @property
     def is_awaited(self) -> bool:
@@ -130,11 +152,11 @@ class Coordinator:
         max_new_tokens: int,
         *,
         starts_in_reasoning: bool = False,
-    ) -> tuple[int, State | None] | None:
-        """A sibling arrives. Returns its index, and an end state when it need not start at all.
+    ) -> Admission | None:
+        """A sibling arrives. None: its group was abandoned, it is a plain request.
 
-        None: its group was abandoned, it is a plain request. `starts_in_reasoning`: the prompt has
-        opened the think block, so a trace without marks is all thinking.
+        `starts_in_reasoning`: the prompt has opened the think block, so a trace without marks is
+        all thinking.
         """
         run = self.runs.get(group_id)
         if run is None and group_id in self._abandoned:
@@ -148,12 +170,13 @@ class Coordinator:
             index = max(taken, default=-1) + 1
         run.touched_s = self.clock()
         sibling = group.siblings.setdefault(index, Sibling(index))
+        is_full = group.num_started >= policy.width(group)
         if sibling.state is State.EXPECTED:
-            sibling.state = State.QUEUED
+            sibling.state = State.HELD if is_full else State.QUEUED
         if sibling.doom is not None or group.is_decided:
             sibling.doom = State.NOT_STARTED
-            return index, State.NOT_STARTED
-        return index, None
+            return Admission(index, end=State.NOT_STARTED)
+        return Admission(index, is_held=sibling.state is State.HELD)
 
     def _open(
         self, group_id: str, index: int, size: int, settings: Mapping[str, Any], max_tokens: int
@@ -183,7 +206,7 @@ class Coordinator:
 
     def vote(
         self, group_id: str, index: int, output_ids: Sequence[int], is_cut: bool
-    ) -> list[Stop]:
+    ) -> list[Action]:
         """A sibling has reached its natural end: its ballot, and what follows from it."""
         run = self.runs.get(group_id)
         if run is None or run.group.siblings[index].has_voted:
@@ -207,7 +230,7 @@ class Coordinator:
         self._ask(run, group.tally.add(Ballot(sibling.answer, index)))
         return self._replan(run)
 
-    def apply(self, command: Command) -> list[Stop]:
+    def apply(self, command: Command) -> list[Action]:
         """A verdict of the leader, on every rank at the same step. Late ones are dropped."""
         run = self.runs.get(command.group_id)
         if run is None or run.group.epoch != command.epoch:
@@ -275,10 +298,26 @@ class Coordinator:
         self.forget(group_id)
         return record
 
-    def lost(self, group_id: str) -> list[Stop]:
+    def lost(self, group_id: str) -> list[Action]:
         """Siblings were aborted: fewer may still vote, which can decide it."""
         run = self.runs.get(group_id)
         return self._replan(run) if run is not None else []
+
+    def start_extra(self, group_id: str, epoch: int) -> Start | None:
+        """Rows are free: the group's next held sibling may start beyond its claim."""
+        run = self.runs.get(group_id)
+        if run is None or run.group.epoch != epoch or run.group.is_decided:
+            return None
+        held = run.group.held
+        if not held:
+            return None
+        held[0].state = State.QUEUED
+        return Start(group_id, held[0].index)
+
+    def send_back(self, group_id: str, index: int, num_tokens: int) -> None:
+        """An extra yields its row, or got none: it waits within its group again."""
+        sibling = self.runs[group_id].group.siblings[index]
+        sibling.state, sibling.num_tokens = State.HELD, num_tokens
 
     def abandon(self) -> list[str]:
         """A fault of ours: every live group runs on as plain sampling, and is ours no more."""
@@ -402,11 +441,9 @@ class Coordinator:
             failed = JudgeResult(task.group_id, task.epoch, error=type(error).__name__)
             self._failed.append(failed)
 
-    def _replan(self, run: Run) -> list[Stop]:
-        """Ask the policy, and doom whom it names."""
+    def _replan(self, run: Run) -> list[Action]:
+        """Ask the policy; doom whom it stops, queue whom it starts."""
         group = run.group
-        if group.is_released:
-            return []
         plan = policy.plan(group, in_flight=run.in_flight)
         if plan.reason == policy.OPEN_ENDED:
             group.is_released = True
@@ -415,7 +452,7 @@ class Coordinator:
         if plan.reason and (plan.stop or plan.decided or group.is_released):
             group.reason = plan.reason
         end = State.DECIDED if plan.decided else State.PRUNED
-        stops = []
+        actions: list[Action] = []
         for index in plan.stop:
             sibling = group.siblings[index]
             if not sibling.is_live:
@@ -424,5 +461,9 @@ class Coordinator:
             sibling.doom = end
             sibling.pruned_at = sibling.num_tokens or None
             if sibling.state is not State.EXPECTED:
-                stops.append(Stop(group.group_id, index, sibling.doom))
-        return stops
+                actions.append(Stop(group.group_id, index, sibling.doom))
+        # Counted again: a claim may fall to a sibling that this very plan has just stopped.
+        for sibling in group.held[: min(plan.admit, len(group.held))]:
+            sibling.state = State.QUEUED
+            actions.append(Start(group.group_id, sibling.index))
+        return actions

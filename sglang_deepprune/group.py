@@ -1,6 +1,7 @@
 """A group: the siblings of one prompt and where each of them stands. No I/O, no clock, no engine.
 
-A sibling's life: EXPECTED -> QUEUED -> RUNNING -> one of the end states, each exactly once. A
+A sibling's life: EXPECTED -> (HELD ->) QUEUED -> RUNNING -> one of the end states, once. One that
+started beyond its group's claim may be sent back to HELD. A
 doomed sibling has its end state chosen (`doom`) while the engine still has to end it. Policies read
 this state and answer with a Plan; only the coordinator changes it.
 """
@@ -19,6 +20,7 @@ class State(str, Enum):
     """Where a sibling stands. The end states are the names that clients see."""
 
     EXPECTED = "expected"  # of the group, but not seen by the scheduler yet
+    HELD = "held"  # has arrived, and waits within its group: no row, no KV, in no queue
     QUEUED = "queued"  # in the scheduler's queue, no token so far
     RUNNING = "running"  # has generated at least one token
     FINISHED = "finished"  # ran to its natural end
@@ -33,7 +35,8 @@ class State(str, Enum):
         return self not in _LIVE
 
 
-_LIVE = frozenset({State.EXPECTED, State.QUEUED, State.RUNNING})
+_LIVE = frozenset({State.EXPECTED, State.HELD, State.QUEUED, State.RUNNING})
+_STARTED = frozenset({State.QUEUED, State.RUNNING})
 
 
 @dataclass(slots=True)
@@ -56,6 +59,11 @@ class Sibling:
     def is_live(self) -> bool:
         """May still generate: neither ended nor about to be ended."""
         return self.doom is None and self.state in _LIVE
+
+    @property
+    def is_started(self) -> bool:
+        """Queued or running, with its vote still to come."""
+        return self.is_live and not self.has_voted and self.state in _STARTED
 
 
 @dataclass(slots=True)
@@ -92,9 +100,25 @@ class Group:
         return sum(sibling.is_live for sibling in self.siblings.values())
 
     @property
+    def num_started(self) -> int:
+        return sum(sibling.is_started for sibling in self.siblings.values())
+
+    @property
+    def held(self) -> list[Sibling]:
+        """Siblings that wait for a claim: those with tokens first, then by index."""
+        found = [s for s in self.siblings.values() if s.state is State.HELD and s.is_live]
+        return sorted(found, key=lambda sibling: (-sibling.num_tokens, sibling.index))
+
+    @property
     def num_voted(self) -> int:
         """Ballots in, abstentions included."""
         return sum(sibling.has_voted for sibling in self.siblings.values())
+
+    @property
+    def mean_length(self) -> float:
+        """Mean tokens of the siblings that have voted; 0 before the first vote."""
+        lengths = [sibling.num_tokens for sibling in self.siblings.values() if sibling.has_voted]
+        return sum(lengths) / len(lengths) if lengths else 0.0
 
     @property
     def is_over(self) -> bool:

@@ -1,11 +1,14 @@
-"""Whom to stop: pure functions from a group's state to a Plan, shared by engine, tests and studies.
+"""Whom to start and whom to stop: pure functions of a group's state, for engine, tests and studies.
 
-Two rules. The decided vote (`plan_decided`): nothing that still runs is likely to change the
-winner. The paper's pruning (`plan_deepprune`, section 4.2 of DeepPrune): siblings that a judge
-found to reach the same answer are redundant, K2 of the largest cluster run on and vote. The paper
-stops every trace that joins a cluster and yet wants K2 of them finished for the vote; online that
-means: the first K2 of a cluster run on (they are the furthest along, so the vote comes soonest)
-and whoever joins later stops at once.
+Whom to start: `plan_claims`. A lazy group has a few siblings running (`width`), and each finished,
+undecided vote claims one more; `fill_order` names those that may start on top where rows are free.
+
+Whom to stop, two rules. The decided vote (`plan_decided`): nothing that still runs is likely to
+change the winner. The paper's pruning (`plan_deepprune`, section 4.2 of DeepPrune): siblings that a
+judge found to reach the same answer are redundant, K2 of the largest cluster run on and vote. The
+paper stops every trace that joins a cluster and yet wants K2 of them finished for the vote; online
+that means: the first K2 of a cluster run on (they are the furthest along, so the vote comes
+soonest) and whoever joins later stops at once.
 
 No rule stops the last sibling that could still bring an answer, or one that the judge was asked
 about and had no verdict on. Nothing here changes the group.
@@ -13,8 +16,10 @@ about and had no verdict on. Nothing here changes the group.
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.types import ABSENT, Plan
@@ -30,17 +35,60 @@ def plan(group: Group, in_flight: frozenset[int] = frozenset()) -> Plan:
     `reason == OPEN_ENDED`: nothing is stopped, and the group is to be released.
     """
     config = group.config
-    if group.is_released or config.preset == "collect":
-        return Plan()
+    if group.is_released:
+        return Plan(admit=len(group.held))
     if group.is_decided:
         return Plan(_indices(_running(group)), decided=True, reason=group.reason or "decided")
-    if is_open_ended(group):
-        return Plan(reason=OPEN_ENDED)
-    if config.stops_when_decided:
-        settled = plan_decided(group)
-        if settled.decided:
-            return settled
-    return plan_deepprune(group, in_flight) if config.prunes_by_judge else Plan()
+    if config.preset != "collect" and is_open_ended(group):
+        return Plan(admit=len(group.held), reason=OPEN_ENDED)
+    settled = plan_decided(group)
+    if settled.decided:
+        return settled
+    pruned = plan_deepprune(group, in_flight) if config.prunes_by_judge else Plan()
+    return replace(pruned, admit=plan_claims(group))
+
+
+def width(group: Group) -> int:
+    """Siblings that a group may have started and unfinished without asking whether rows are free.
+
+    It grows with the group's age, in units of its own mean trace length, so that a question on
+    which nobody agrees is not run a few siblings at a time for ever. Age counts in steps: the same
+    on every rank.
+    """
+    config = group.config
+    if not config.is_lazy or group.is_released:
+        return UNKNOWN_MEMBERS * UNKNOWN_MEMBERS
+    length = group.mean_length
+    age = group.steps / length if length else 0.0
+    return config.base + int(config.base * config.widen * age)
+
+
+def plan_claims(group: Group) -> int:
+    """Held siblings that the group starts now. Never none while nothing of it lives."""
+    return max(0, min(len(group.held), width(group) - group.num_started))
+
+
+def num_extras(group: Group) -> int:
+    """Started siblings beyond the group's claim: the first to yield when anybody else waits."""
+    return 0 if group.is_released else max(0, group.num_started - width(group))
+
+
+def fill_order(groups: Sequence[Group]) -> Iterator[Group]:
+    """Whose held sibling starts next where rows are free: fewest votes + started first, then the
+    group that came first. A group comes once for each of its held siblings."""
+    heap = [
+        (group.num_voted + group.num_started, place, len(group.held))
+        for place, group in enumerate(groups)
+        if group.held and not group.is_decided
+    ]
+    heapq.heapify(heap)
+    while heap:
+        load, place, left = heap[0]
+        yield groups[place]
+        if left > 1:
+            heapq.heapreplace(heap, (load + 1, place, left - 1))
+        else:
+            heapq.heappop(heap)
 
 
 def chance_of_overtake(a: int, b: int, remaining_scaled: int) -> float:
@@ -93,13 +141,28 @@ def num_remaining(group: Group) -> int:
 
 
 def plan_decided(group: Group) -> Plan:
-    """Stop everybody once the vote is decided. With nobody left it is counted, not decided."""
+    """Stop everybody once the vote is decided, or hopeless where the group may give up. With
+    nobody left it is counted, not decided."""
     (a, b), k, remaining = top_votes(group), group.num_voted, num_remaining(group)
     config = group.config
-    if remaining == 0 or not decided(a, b, k, remaining, config.eps, config.min_votes):
+    if remaining == 0 or not config.decided_eps:
         return Plan()
-    reason = f"decided: {a}:{b} of {k} votes, at most {remaining} to come"
+    if decided(a, b, k, remaining, config.decided_eps, config.min_votes):
+        reason = f"decided: {a}:{b} of {k} votes, at most {remaining} to come"
+    elif is_hopeless(group):
+        reason = f"gave up: the leader has {a} of {k} votes"
+    else:
+        return Plan()
     return Plan(_indices(_running(group)), decided=True, reason=reason)
+
+
+def is_hopeless(group: Group) -> bool:
+    """Enough votes are in, and too few of them agree. Not before the fence has merged what is the
+    same."""
+    enough = group.config.votes_to_give_up
+    if not enough or group.num_voted < enough or not group.tally.is_settled:
+        return False
+    return top_votes(group)[0] < group.config.give_up_share * group.num_voted
 
 
 def is_open_ended(group: Group) -> bool:

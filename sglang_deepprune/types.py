@@ -107,6 +107,15 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Fill:
+    """Rows are free: so many held siblings of the group may start beyond its claim."""
+
+    group_id: str
+    epoch: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a policy wants for one group. A pure function of the group's state makes it."""
 

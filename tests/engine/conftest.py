@@ -27,7 +27,7 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "page1-overlap": (),
     "page16-no-overlap": (
         "--page-size", "16", "--disable-overlap-schedule", "--max-running-requests", "8",
-        "--reasoning-parser", "qwen3",
+        "--reasoning-parser", "qwen3", "--deepprune-fill", "0",
     ),
 }  # fmt: skip
 

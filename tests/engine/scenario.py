@@ -34,6 +34,8 @@ PROMPTS: dict[str, list[str]] = {
     "decide: what is 4 + 3 =": [
         trace("A", 30, "7"), trace("A", 34, "7"), trace("A", 40, "7"), *[trace("B", 200, "8")] * 9,
     ],
+    # Nobody agrees: a lazy group has to run them all.
+    "lazy: what is 6 + 6 =": [trace("A", 24 + 3 * i, str(i)) for i in range(12)],
     # For one test only: single requests get their scripts in order of arrival.
     "client: what is 5 + 2 =": [
         trace("A", 30, "7"), trace("A", 34, "7"), trace("A", 40, "7"), *[trace("B", 200, "8")] * 5,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.coordinator import Coordinator, Stop
+from sglang_deepprune.coordinator import Action, Admission, Coordinator, Start, Stop
 from sglang_deepprune.group import State
 from sglang_deepprune.types import (
     ABSENT,
@@ -76,14 +76,14 @@ def coordinator(**settings: Any) -> Coordinator:
 
 def fill(c: Coordinator, size: int, gid: str = "g", **settings: Any) -> None:
     for index in range(size):
-        assert c.admit(gid, index, size, settings, 100) == (index, None)
+        assert c.admit(gid, index, size, settings, 100) == Admission(index)
 
 
 def step(c: Coordinator, live: list[int], length: int, gid: str = "g") -> None:
     c.observe({gid: {index: [0] * length for index in live}})
 
 
-def end(c: Coordinator, index: int, last: int, gid: str = "g") -> list[Stop]:
+def end(c: Coordinator, index: int, last: int, gid: str = "g") -> list[Action]:
     stops = c.vote(gid, index, [0, 0, last], False)
     c.retire(gid, index, State.FINISHED, 3)
     return stops
@@ -134,7 +134,7 @@ def test_a_verdict_prunes_and_names_the_cluster_in_the_record():
     for length in range(1, 5):
         step(c, [0, 1, 2], length)
     stops = c.apply(verdict(c, (0, 0), (1, 0), (2, 1)))
-    assert [(stop.index, stop.state) for stop in stops] == [(1, State.PRUNED), (2, State.PRUNED)]
+    assert stops == [Stop("g", 1, State.PRUNED), Stop("g", 2, State.PRUNED)]
     choice = c.retire("g", 1, State.PRUNED, 6).choice  # type: ignore[union-attr]
     assert (choice.cluster, choice.state, choice.pruned_at) == (0, "pruned", 4)
     assert choice.similarity == pytest.approx(0.9)
@@ -172,7 +172,7 @@ def test_siblings_that_come_after_the_decision_need_not_start():
         c.admit("g", index, 8, {}, 100)
     for index in range(3):
         end(c, index, 1)
-    assert c.admit("g", 5, 8, {}, 100) == (5, State.NOT_STARTED)
+    assert c.admit("g", 5, 8, {}, 100) == Admission(5, end=State.NOT_STARTED)
 
 
 def test_the_last_output_waits_for_the_fence_and_equal_answers_become_one_vote():
@@ -206,7 +206,7 @@ def test_three_finishers_without_an_answer_release_the_group():
 def test_a_client_side_group_closes_by_time_and_then_decides():
     c = coordinator(preset="latency", group_timeout_s=10.0)
     for expected in range(4):
-        assert c.admit("g", ABSENT, 0, {}, 100) == (expected, None)
+        assert c.admit("g", ABSENT, 0, {}, 100) == Admission(expected)
     for index in range(3):
         assert end(c, index, 1) == []  # others may still come: nothing is decided
     assert c.poll() == []
@@ -232,7 +232,7 @@ def test_an_abandoned_group_is_not_opened_again_by_late_siblings():
     c.admit("g", 0, 3, {}, 100)
     c.abandon()
     assert c.is_idle and c.admit("g", 1, 3, {}, 100) is None
-    assert c.admit("h", 0, 3, {}, 100) == (0, None)
+    assert c.admit("h", 0, 3, {}, 100) == Admission(0)
 
 
 def test_aborts_leave_fewer_voters_and_can_decide():
@@ -301,3 +301,57 @@ def test_one_step_cuts_a_few_traces_and_the_next_ones_go_on():
         step(c, list(range(20)), length)
     assert len(c.runs["g"].traces) == 20
     assert len(c.judge.tasks[0].traces) == 8  # type: ignore[union-attr]
+
+
+def admit_lazy(c: Coordinator, size: int, gid: str = "g", **settings: Any) -> list[bool]:
+    """Which of the siblings are held."""
+    admissions = [c.admit(gid, index, size, settings, 100) for index in range(size)]
+    return [admission is not None and admission.is_held for admission in admissions]
+
+
+def test_a_lazy_group_starts_its_base_and_each_undecided_vote_claims_one_more():
+    c = coordinator(widen=0.0)
+    assert admit_lazy(c, 16) == [False] * 4 + [True] * 12
+    assert end(c, 0, 1) == [Start("g", 4)]
+    assert end(c, 2, 2) == [Start("g", 5)]
+    assert c.runs["g"].group.num_started == 4
+
+
+def test_a_decided_lazy_group_ends_its_held_siblings_as_never_started():
+    c = coordinator(widen=0.0)
+    admit_lazy(c, 16)
+    end(c, 0, 1), end(c, 1, 1)
+    stops = end(c, 2, 1)
+    assert {(stop.index, type(stop)) for stop in stops} == {(i, Stop) for i in range(3, 16)}
+    for index in range(3, 16):
+        retired = c.retire("g", index, State.NOT_STARTED, 0)
+    assert retired is not None and retired.group is not None
+    assert retired.group.votes == (("8", 3),) or len(retired.group.votes) == 1
+    assert {choice.state for choice in retired.group.choices[6:]} == {"not_started"}
+
+
+def test_a_group_of_which_nothing_lives_wakes():
+    c = coordinator(widen=0.0)
+    admit_lazy(c, 8)
+    for index in range(4):
+        c.retire("g", index, State.ABORTED, 0)
+    assert c.lost("g") == [Start("g", index) for index in range(4, 8)]
+
+
+def test_an_open_ended_lazy_group_is_released_to_its_end():
+    c = coordinator(widen=0.0)
+    admit_lazy(c, 8)
+    started = [*end(c, 0, 7), *end(c, 1, 7)]
+    assert started == [Start("g", 4), Start("g", 5)]
+    assert end(c, 2, 7) == [Start("g", 6), Start("g", 7)]
+
+
+def test_an_extra_that_yields_waits_for_a_claim_in_front_of_the_others():
+    c = coordinator(widen=0.0)
+    admit_lazy(c, 8)
+    assert c.start_extra("g", c.runs["g"].group.epoch) == Start("g", 4)
+    assert c.start_extra("g", c.runs["g"].group.epoch + 1) is None
+    assert c.start_extra("g", c.runs["g"].group.epoch) == Start("g", 5)
+    c.send_back("g", 5, 17)
+    assert end(c, 0, 1) == []  # an extra takes the claim's place
+    assert end(c, 1, 2) == [Start("g", 5)]

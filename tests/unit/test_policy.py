@@ -284,3 +284,68 @@ def test_no_sequence_of_events_stops_the_last_chance_of_an_answer(data: st.DataO
         elif sibling.is_live:
             sibling.state = ending
         stop(group, policy.plan(group))
+
+
+def lazy_group(size: int, started: int, **settings: Any) -> Group:
+    group = make_group(size, preset=settings.pop("preset", "balanced"), **settings)
+    for index in range(started, size):
+        group.siblings[index].state = State.HELD
+    return group
+
+
+def test_the_claim_widens_with_age_in_units_of_the_groups_own_lengths() -> None:
+    group = lazy_group(64, 4, base=4, widen=0.5)
+    group.steps = 1000
+    assert policy.width(group) == 4  # nobody has finished: there is no measure of age
+    vote(group, 0, "1")
+    group.siblings[0].num_tokens = 500
+    assert policy.width(group) == 8
+    group.steps = 2000
+    assert policy.width(group) == 12
+
+
+def test_eager_and_released_groups_claim_all_that_is_held() -> None:
+    for settings in ({"preset": "latency"}, {"admission": "eager"}):
+        assert policy.plan(lazy_group(8, 2, **settings)).admit == 6
+    group = lazy_group(8, 2)
+    group.is_released = True
+    assert policy.plan(group).admit == 6
+
+
+def test_extras_are_what_runs_beyond_the_claim() -> None:
+    group = lazy_group(16, 7, widen=0.0)
+    assert policy.num_extras(group) == 3
+    vote(group, 0, "1")
+    assert policy.num_extras(group) == 2 and policy.plan(group).admit == 0
+
+
+def test_free_rows_go_to_the_groups_with_the_fewest_votes_and_runners() -> None:
+    first, second = lazy_group(16, 6), lazy_group(6, 4)
+    order = [group is first for group in policy.fill_order([first, second])]
+    assert order == [False, False] + [True] * 10
+    first.is_decided = True
+    assert list(policy.fill_order([first, second])) == [second, second]
+
+
+def test_a_hopeless_group_gives_up_where_it_may() -> None:
+    for preset, expected in (("economy", True), ("balanced", False)):
+        group = lazy_group(64, 20, preset=preset)
+        for index in range(16):
+            vote(group, index, str(index % 8))
+        plan = policy.plan(group)
+        assert plan.decided is expected
+        assert plan.reason.startswith("gave up: the leader has 2 of 16") is expected
+
+
+def votes_until_decided(preset: str) -> int:
+    group = lazy_group(16, 4, preset=preset)
+    for index in range(16):
+        vote(group, index, "1")
+        if policy.plan(group).decided:
+            return index + 1
+    return 16
+
+
+def test_faithful_waits_longer_than_balanced() -> None:
+    assert votes_until_decided("balanced") == 3
+    assert votes_until_decided("faithful") > 3

@@ -1,0 +1,96 @@
+"""The siblings that wait within their group: in no SGLang queue, without a row, without KV.
+
+Whatever SGLang does to a request that waits must reach them too: aborts by rid, prefix or all, the
+waiting time-out, the queue limit, priority, idle checks, load reports. So while SGLang looks at its
+queue for one of these, they are in it (`shown`), and its own code does the rest. When they start,
+they take their group's place in the queue, not its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_ORDER = "_deepprune_order"  # attribute of a Req: its place in the order of arrival
+
+
+class WaitingRoom:
+    """Held requests of one scheduler, in order of arrival."""
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+        self.held: dict[str, Any] = {}  # rid -> Req
+        self._arrivals = 0
+        self._is_shown = False
+
+    def stamp(self, req: Any, order: int | None = None) -> int:
+        """Give a request its place in the order of arrival; siblings share their group's.
+
+        A request without one came while no group lived: before all others.
+        """
+        if order is None:
+            self._arrivals += 1
+            order = self._arrivals
+        setattr(req, _ORDER, order)
+        return order
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """SGLang's waiting queue with the held ones at its end; those it drops are held no more."""
+        if not self.held or self._is_shown:
+            yield
+            return
+        scheduler, self._is_shown = self.scheduler, True
+        scheduler.waiting_queue = [*scheduler.waiting_queue, *self.held.values()]
+        try:
+            yield
+        finally:
+            queue, held = scheduler.waiting_queue, self.held
+            self.held = {req.rid: req for req in queue if req.rid in held}
+            scheduler.waiting_queue = [req for req in queue if req.rid not in held]
+            self._is_shown = False
+
+    def hold(self, req: Any) -> None:
+        self.held[req.rid] = req
+
+    def hold_last(self, req: Any) -> None:
+        """SGLang has accepted the request, at the end of its queue; else it was refused."""
+        waiting = self.scheduler.waiting_queue
+        if waiting and waiting[-1] is req:
+            waiting.pop()
+            self.hold(req)
+
+    @contextmanager
+    def unlimited(self) -> Iterator[None]:
+        """No request that was admitted once is refused for the queue's limit."""
+        scheduler = self.scheduler
+        limit, scheduler.max_queued_requests = scheduler.max_queued_requests, None
+        try:
+            yield
+        finally:
+            scheduler.max_queued_requests = limit
+
+    def take(self, req: Any) -> bool:
+        """The request is held no more. False: it was not."""
+        return self.held.pop(req.rid, None) is not None
+
+    def queue(self, req: Any) -> None:
+        """Into SGLang's waiting queue, in front of everything that arrived after its group."""
+        waiting = self.scheduler.waiting_queue
+        order = getattr(req, _ORDER, 0)
+        later = (i for i, other in enumerate(waiting) if getattr(other, _ORDER, 0) > order)
+        waiting.insert(next(later, len(waiting)), req)
+
+    def release(self) -> None:
+        """Everybody to SGLang's queue: their groups are groups no more."""
+        held, self.held = list(self.held.values()), {}
+        for req in held:
+            self.queue(req)
+
+    def requeue(self, req: Any) -> None:
+        """SGLang has put a retracted sibling at the end of its queue: to its group's place."""
+        waiting = self.scheduler.waiting_queue
+        if waiting and waiting[-1] is req:
+            waiting.pop()
+            self.queue(req)

@@ -1,0 +1,139 @@
+"""Lazy groups in a real server: who starts, who never does, and who may still reach the held ones.
+
+Scripted tokens, strict memory checks on, in each configuration of conftest.CONFIGS.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import requests
+
+from tests.engine import scenario
+from tests.engine.server import Server
+from tests.engine.test_groups import DECIDE, ask, group_of, states
+
+DISAGREE = "lazy: what is 6 + 6 ="
+LONG = "D3: count"
+BALANCED = {"preset": "balanced", "widen": 0.0}
+
+
+def test_a_decided_vote_leaves_most_siblings_unstarted(scripted: Server):
+    outputs = ask(scripted, DECIDE, 12, BALANCED)
+    found = Counter(states(outputs))
+    assert found["finished"] == 3 and set(found) <= {"finished", "decided", "not_started"}
+    if "page16" in scripted.name:  # nothing is filled there: base 4, and one more a vote
+        assert found == {"finished": 3, "decided": 3, "not_started": 6}
+    assert group_of(outputs)["answer"] == "7"
+    for output in outputs:
+        meta = output["meta_info"]
+        if meta["deepprune"]["choice"]["state"] == "not_started":
+            assert output["text"] == "" and meta["completion_tokens"] == 0
+            assert meta["finish_reason"]["type"] == "length"
+            assert meta["prompt_tokens"] == outputs[0]["meta_info"]["prompt_tokens"]
+    scripted.wait_idle()
+    assert all(count == 0 for count in scripted.log_lines("deepprune-tables")[-1].values())
+
+
+def test_a_question_without_agreement_runs_all_its_siblings(scripted: Server):
+    outputs = ask(scripted, DISAGREE, 12, BALANCED)
+    assert states(outputs) == ["finished"] * 12
+    for index, output in enumerate(outputs):  # in order, and each on its own script
+        assert output["text"] == scenario.PROMPTS[DISAGREE][index]
+        page = 16 if "page16" in scripted.name else 1
+        prompt = output["meta_info"]["prompt_tokens"]
+        assert output["meta_info"]["cached_tokens"] >= prompt - page
+    assert len(group_of(outputs)["votes"]) == 12
+    scripted.wait_idle()
+
+
+def test_a_stream_ends_unstarted_choices_with_one_terminal_chunk(scripted: Server):
+    said = {"model": "m", "prompt": DECIDE, "n": 12, "max_tokens": 400,
+            "custom_params": {"deepprune": BALANCED}}  # fmt: skip
+    ends: Counter[int] = Counter()
+    record: dict[str, Any] = {}
+    for chunk in scripted.stream("/v1/completions", said):
+        for choice in chunk["choices"]:
+            ends[choice["index"]] += choice["finish_reason"] is not None
+        record = chunk.get("metadata") or record
+    assert ends == Counter(range(12))
+    assert record["deepprune"]["answer"] == "7"
+
+
+def in_background(server: Server, body: dict[str, Any]) -> tuple[threading.Thread, list[Any]]:
+    """The request's reply, in a list once it is there."""
+    replies: list[Any] = []
+
+    def send() -> None:
+        try:
+            replies.append(server.post("/generate", body, timeout_s=60))
+        except requests.RequestException as error:
+            replies.append(error)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread, replies
+
+
+def start_long(server: Server, rid: str, n: int = 12) -> tuple[threading.Thread, list[Any]]:
+    """A group that runs for a while with most of its siblings held."""
+    params = {"n": n, "max_new_tokens": 400, "custom_params": {"deepprune": BALANCED}}
+    started = in_background(server, {"text": LONG, "rid": rid, "sampling_params": params})
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        load = server_load(server)
+        if load["num_running_reqs"] >= 4:
+            return started
+        time.sleep(0.02)
+    raise AssertionError("the group did not start")
+
+
+def server_load(server: Server) -> dict[str, Any]:
+    return dict(requests.get(f"{server.url}/v1/loads", timeout=30).json()["loads"][0])
+
+
+def test_held_siblings_count_as_load_and_as_work(scripted: Server):
+    thread, replies = start_long(scripted, "loaded")
+    load = server_load(scripted)
+    assert load["num_running_reqs"] + load["num_waiting_reqs"] == 12
+    flush = requests.post(f"{scripted.url}/flush_cache", timeout=30)
+    assert flush.status_code != 200
+    thread.join()
+    assert replies[0].status_code == 200
+    scripted.wait_idle()
+
+
+def test_aborts_by_rid_and_of_all_reach_held_siblings(scripted: Server):
+    for body in ({"rid": "whole-group"}, {"abort_all": True}):
+        thread, replies = start_long(scripted, "whole-group")
+        scripted.post("/abort_request", body)
+        thread.join(timeout=30)
+        assert not thread.is_alive(), "the client hangs"
+        assert replies and replies[0].status_code == 200
+        assert {one["meta_info"]["finish_reason"]["type"] for one in replies[0].json()} == {"abort"}
+        scripted.wait_idle()
+        assert all(count == 0 for count in scripted.log_lines("deepprune-tables")[-1].values())
+
+
+def test_a_client_that_leaves_takes_its_held_siblings_along(scripted: Server):
+    params = {"n": 12, "max_new_tokens": 400, "custom_params": {"deepprune": BALANCED}}
+    stream = scripted.stream("/generate", {"text": LONG, "sampling_params": params})
+    for _ in range(20):
+        next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    scripted.wait_idle()
+    assert all(count == 0 for count in scripted.log_lines("deepprune-tables")[-1].values())
+
+
+def test_a_stranger_is_served_while_a_group_holds_its_siblings(scripted: Server):
+    thread, replies = start_long(scripted, "beside")
+    start = time.monotonic()
+    output = scripted.generate("a stranger", n=1, max_new_tokens=8, temperature=0.0)
+    waited = time.monotonic() - start
+    assert thread.is_alive() and output["meta_info"]["completion_tokens"] == 8
+    thread.join()
+    assert waited < 5 and replies[0].status_code == 200
+    scripted.wait_idle()
