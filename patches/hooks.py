@@ -88,9 +88,18 @@ def with_held(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
         return original(self, *args, **kwargs)
 
 
+def is_fully_idle(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `Scheduler.is_fully_idle`. A paused server asks before it flushes the tree, whoever
+    waits: our locks would outlive their nodes."""
+    if _engine is not None and kwargs.get("ignore_waiting"):
+        _engine.guard(_engine.prefixes.let_go_all)
+    return with_held(original, self, *args, **kwargs)
+
+
 def poll_timeout_aborts(original: Callable[..., Any], self: Any) -> Any:
     """AROUND `Scheduler._poll_timeout_aborts`: held siblings time out as queued ones do."""
-    return poll_commands(with_held(original, self), self)
+    aborts = with_held(original, self)
+    return poll_commands(aborts, self) or aborts
 
 
 def get_new_batch_prefill(
@@ -150,6 +159,14 @@ def process_batch_result_decode(
     return returned
 
 
+def update_running_batch(original: Callable[..., Any], self: Any, batch: Any) -> Any:
+    """AROUND `Scheduler.update_running_batch`, which retracts when the KV pool is full."""
+    ours = _engine
+    if ours is not None and ours.live:
+        ours.guard(ours.pressure.relieve, batch)
+    return original(self, batch)
+
+
 _last_end = 0
 
 
@@ -182,6 +199,8 @@ def process_batch_result_prefill(
     returned = original(self, batch, result)
     if ours is not None and not ours.coordinator.is_idle:
         ours.rows.interrupted()
+        if ours.room.held:
+            ours.guard(ours.after_prefill, batch)
         if batch.decoding_reqs:
             ours.guard(ours.after_result, batch)
     return returned
@@ -226,8 +245,9 @@ TABLE: dict[str, Callable[..., Any]] = {
     "Scheduler.process_input_requests": process_input_requests,
     "Scheduler._poll_timeout_aborts": poll_timeout_aborts,
     "Scheduler._abort_on_waiting_timeout": with_held,
-    "Scheduler.is_fully_idle": with_held,
+    "Scheduler.is_fully_idle": is_fully_idle,
     "Scheduler._get_new_batch_prefill_raw": get_new_batch_prefill,
+    "Scheduler.update_running_batch": update_running_batch,
     "SchedulerLoadInquirer.get_loads": with_held,
     "SchedulerRequestReceiver._pull_raw_reqs": poll_commands,
     "SchedulerBatchResultProcessor.process_batch_result_decode": process_batch_result_decode,

@@ -23,6 +23,8 @@ from sglang_deepprune.coordinator import Action, Command, Coordinator, Retired, 
 from sglang_deepprune.group import State
 from sglang_deepprune.noise import sibling_seed
 from sglang_deepprune.patches import finish, sampling, wire
+from sglang_deepprune.patches.prefix import PrefixHold
+from sglang_deepprune.patches.pressure import Pressure
 from sglang_deepprune.patches.rows import Rows
 from sglang_deepprune.patches.server_args import token_of
 from sglang_deepprune.patches.steplog import StepLog
@@ -74,6 +76,9 @@ class Engine:
         self.steps = StepLog(scheduler, config.log_steps)
         self.room = WaitingRoom(scheduler)
         self.rows = Rows(self, config.fill)
+        self.prefixes = PrefixHold(scheduler.tree_cache)
+        self.pressure = Pressure(self)
+        self.num_retracted = 0  # siblings that SGLang retracted
         self._lost: set[str] = set()  # groups that lost siblings to an abort, not replanned yet
         self._faults: set[str] = set()
 
@@ -90,6 +95,7 @@ class Engine:
             if req.rid in self.rows.extras:
                 self.rows.send_back(req)
                 return Arrival.DONE
+            self.num_retracted += bool(req.is_retracted)
             return Arrival.RETURNS
         tagged = req.sampling_params.custom_params[wire.TAG]
         admission = self.coordinator.admit(
@@ -152,6 +158,15 @@ class Engine:
             output_ids = [*req.output_ids, token] if is_cut else list(req.output_ids)
             actions += self.coordinator.vote(live.group_id, live.index, output_ids, is_cut)
         self._act(actions)
+
+    def after_prefill(self, batch: Any) -> None:
+        """First tokens: a group that holds siblings back keeps its prompt's pages for them."""
+        for req in batch.reqs:
+            live = self.live.get(req.rid)
+            if live is not None and not req.finished() and len(req.output_ids) == 1:
+                run = self.coordinator.runs.get(live.group_id)
+                if run is not None and run.group.held:
+                    self.prefixes.take(live.group_id, req)
 
     def after_result(self, batch: Any) -> None:
         """Count the step for the groups in this batch; the window may hand traces to the judge."""
@@ -221,7 +236,20 @@ class Engine:
                 self._doom(req, action)
         for state, reqs in ended.items():
             self._end(reqs, state)
+        for group_id in {action.group_id for action in actions}:
+            self._let_go(group_id)
         self.steps.doomed(num_stopped)
+
+    def prune(self, group_id: str, index: int) -> None:
+        """End a sibling that was just taken off its row."""
+        self._act([self.coordinator.prune(group_id, index)])
+
+    def _let_go(self, group_id: str) -> None:
+        """Nobody of the group is held any more: its prompt's pages are its running siblings'."""
+        if group_id in self.prefixes.locks:
+            run = self.coordinator.runs.get(group_id)
+            if run is None or run.group.is_decided or not run.group.held:
+                self.prefixes.let_go(group_id)
 
     def _doom(self, req: Any, stop: Stop) -> None:
         """SGLang ends it in the result processing that comes next."""
@@ -301,6 +329,7 @@ class Engine:
         if state in (State.ABORTED, State.FAILED):
             self._lost.add(live.group_id)
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
+        self._let_go(live.group_id)
         if retired is None:
             return
         if retired.is_pending:
@@ -323,6 +352,7 @@ class Engine:
         self._drop(live)
         tokens = len(live.req.output_ids)
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
+        self._let_go(live.group_id)
         if retired is not None and output.finished_reason is not None:
             # The group's record rides on the abort, if it is the last to leave.
             output.finished_reason = {**output.finished_reason, **finish.payload(retired)}
@@ -351,8 +381,13 @@ class Engine:
         own = {
             "live": len(self.live), "rids": len(self.rids), "pending": len(self.pending),
             "held": len(self.room.held), "extras": len(self.rows.extras),
+            "prefixes": len(self.prefixes.locks),
         }  # fmt: skip
         self.steps.tables({**self.coordinator.sizes, **own, "seeds": len(sampling.SEEDS)})
+        self.steps.counts({
+            "yielded": self.rows.num_yielded, "relieved": self.pressure.num_relieved,
+            "retracted": self.num_retracted,
+        })  # fmt: skip
 
     def siblings_of(self, stem: str) -> list[str]:
         """The rids of the n>1 request that a client knows by `stem`."""
@@ -380,6 +415,7 @@ class Engine:
         for table in (self.live, self.rids, self.pending, self.rows.extras, sampling.SEEDS):
             table.clear()
         self.room.release()
+        self.prefixes.let_go_all()
         for req in pending:
             self.scheduler.output_streamer.stream_output([req], req.return_logprob)
 

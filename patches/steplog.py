@@ -49,6 +49,12 @@ class StepLog:
         if self.is_on:
             logger.info("deepprune-tables %s", json.dumps(sizes))
 
+    def counts(self, numbers: dict[str, int]) -> None:
+        """Since the start: rows that extras gave back, rows freed so that SGLang need not retract,
+        siblings that it did retract."""
+        if self.is_on:
+            logger.info("deepprune-counts %s", json.dumps(numbers))
+
     def spent(self, hook_ns: int, step_ns: int, rows: int) -> None:
         """Time of one step: ours, and all between two steps."""
         self._hook_ns += hook_ns

@@ -19,6 +19,7 @@ from typing import Any
 
 from sglang_deepprune.config import ConfigError
 from sglang_deepprune.patches import output, wire
+from sglang_deepprune.patches.ranks import RankBook, rank_of_name
 from sglang_deepprune.patches.server_args import config_of, token_of
 from sglang_deepprune.types import ABSENT
 
@@ -57,6 +58,7 @@ class Fan:
 
 
 _FAN: contextvars.ContextVar[Fan | None] = contextvars.ContextVar("deepprune_fan", default=None)
+_RANKS = RankBook()
 _BY_STEM: dict[str, Fan] = {}  # the user's rid of an n>1 request -> its fan
 
 
@@ -74,6 +76,11 @@ async def _serve(
     original: Callable[..., Any], self: Any, obj: Any, request: Any, rest: Any, fan: Fan
 ) -> AsyncIterator[Any]:
     _FAN.set(fan)
+    num_ranks = self.server_args.dp_size
+    if num_ranks > 1:
+        fan.ranks = [
+            _RANKS.take(num_ranks, fan.num_siblings) if ask.is_wanted else None for ask in fan.asks
+        ]
     for stem in fan.stems:
         _BY_STEM[stem] = fan
     is_incremental = bool(getattr(self.server_args, "incremental_streaming_output", False))
@@ -89,6 +96,9 @@ async def _serve(
     finally:
         # A later n=1 call in the same task must not be taken for a sibling.
         fan.is_done = True
+        for rank in fan.ranks:
+            if rank is not None:
+                _RANKS.give_back(rank, fan.num_siblings)
         for stem in fan.stems:
             if _BY_STEM.get(stem) is fan:
                 del _BY_STEM[stem]
@@ -121,18 +131,8 @@ def _fan_of(self: Any, obj: Any) -> Fan | None:
         raise ConfigError("n", f"at most {wire.MOST_SIBLINGS} siblings a group, got {size}")
     fan = Fan(obj.batch_size, size, asks, _stems_of(obj), token_of(self.server_args))
     fan.group_ids = [uuid.uuid4().hex for _ in range(obj.batch_size)]
-    fan.ranks = [
-        _rank_of(self, group_id) if ask.is_wanted else None
-        for group_id, ask in zip(fan.group_ids, asks, strict=True)
-    ]
+    fan.ranks = [None] * obj.batch_size
     return fan
-
-
-def _rank_of(self: Any, group_id: str) -> int | None:
-    """One data-parallel rank a group: SGLang deals requests out one by one, and each scheduler
-    would see a part of the group. The DP controller honours it in every version."""
-    size = self.server_args.dp_size
-    return int(group_id[1:9], 16) % size if size > 1 else None
 
 
 def _is_session(obj: Any) -> bool:
@@ -158,7 +158,9 @@ def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any
             rank, tagged = fan.next_tag(tokenized_obj.rid)
         else:
             tagged = _client_side_tag(self, tokenized_obj)
-            rank = _rank_of(self, tagged["gid"]) if tagged is not None else None
+            rank, num_ranks = None, self.server_args.dp_size
+            if tagged is not None and num_ranks > 1:
+                rank = rank_of_name(num_ranks, tagged["gid"])
         # A rank that the user named stays.
         if rank is not None and tokenized_obj.routed_dp_rank is None:
             tokenized_obj.routed_dp_rank = rank

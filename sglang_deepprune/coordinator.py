@@ -319,6 +319,14 @@ class Coordinator:
         sibling = self.runs[group_id].group.siblings[index]
         sibling.state, sibling.num_tokens = State.HELD, num_tokens
 
+    def prune(self, group_id: str, index: int) -> Stop:
+        """KV is short: end a sibling that a judge found redundant."""
+        group = self.runs[group_id].group
+        sibling = group.siblings[index]
+        sibling.doom, sibling.pruned_at = State.PRUNED, sibling.num_tokens or None
+        group.reason = "pruned: the KV pool was full"
+        return Stop(group_id, index, State.PRUNED)
+
     def abandon(self) -> list[str]:
         """A fault of ours: every live group runs on as plain sampling, and is ours no more."""
         gone = list(self.runs)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from sglang_deepprune.group import Group, Sibling, State
@@ -188,6 +188,19 @@ def plan_deepprune(group: Group, in_flight: frozenset[int] = frozenset()) -> Pla
     limit = _kept_of_largest(group)
     late = [s for c in group.clusters for s in _late_members(group, c, limit)]
     return Plan(_indices(late), reason="redundant: its cluster has K2 members" if late else "")
+
+
+def most_redundant(group: Group, lengths: Mapping[int, int]) -> int | None:
+    """Whom the group misses least when KV is short: of its largest cluster among these running
+    siblings (index -> tokens), the one that is furthest from its end. None without a judge that
+    may prune, or where no two of them agree."""
+    if not group.config.prunes_by_judge:
+        return None
+    clusters = [[i for i in cluster if i in lengths] for cluster in group.clusters]
+    largest = max(clusters, key=len, default=[])
+    if len(largest) < 2:
+        return None
+    return min(largest, key=lambda index: (lengths[index], -index))
 
 
 def _final_choice(group: Group, in_flight: frozenset[int]) -> tuple[frozenset[int], str]:

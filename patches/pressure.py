@@ -1,0 +1,68 @@
+"""When the KV pool is full, somebody dispensable goes before SGLang retracts anybody.
+
+SGLang retracts whoever has generated least (`ScheduleBatch.retract_decode`), a stranger as soon as
+a sibling. Before it comes to that, in this order: extras give their rows back; of a group over its
+fair share of the rows, a sibling that a judge found redundant is pruned, else the youngest one goes
+back to its group. Never anybody of a group within its share, never the last one of a group. All
+ranks see the same rows and act alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sglang_deepprune import policy
+from sglang_deepprune.patches.rows import can_be_released
+
+if TYPE_CHECKING:
+    from sglang_deepprune.patches.scheduler import Engine
+
+
+class Pressure:
+    """Looks at the pool before each decode step, while groups live."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.num_relieved = 0  # rows freed so that SGLang need not retract
+
+    def relieve(self, batch: Any) -> None:
+        """Before `Scheduler.update_running_batch` checks the pool for the next decode step."""
+        allocator = self.engine.scheduler.token_to_kv_pool_allocator
+        # A page a row is the most that a step can ask for; more is free nearly always.
+        if allocator.available_size() >= len(batch.reqs) * allocator.page_size:
+            return
+        if not batch.spec_algorithm.is_none():
+            return
+        while len(batch.reqs) > 1 and not batch.check_decode_mem():
+            if not self.engine.rows.yield_rows(batch, 1) and not self._shed(batch):
+                return
+            self.num_relieved += 1
+
+    def _shed(self, batch: Any) -> bool:
+        """Take one row from the group that is furthest over its share."""
+        rows: dict[str, dict[int, int]] = {}  # group -> sibling index -> row
+        num_strangers = 0
+        for place, req in enumerate(batch.reqs):
+            live = self.engine.live.get(req.rid)
+            if live is None:
+                num_strangers += 1
+            elif can_be_released(req):
+                rows.setdefault(live.group_id, {})[live.index] = place
+        if not rows:
+            return False
+        fattest = max(rows, key=lambda group_id: len(rows[group_id]))
+        own = rows[fattest]
+        group = self.engine.coordinator.runs[fattest].group
+        lengths = {index: len(batch.reqs[place].output_ids) for index, place in own.items()}
+        redundant = policy.most_redundant(group, lengths)
+        is_alone = num_strangers == 0 and len(rows) == 1
+        share = len(batch.reqs) / (len(rows) + num_strangers)
+        if len(own) < 2 or (len(own) <= share and not is_alone):
+            return False
+        if redundant is None and is_alone:
+            return False  # whomever SGLang retracts, it is one of these
+        index = min(lengths, key=lambda i: (lengths[i], -i)) if redundant is None else redundant
+        self.engine.rows.release(batch, [own[index]])
+        if redundant is not None:
+            self.engine.prune(fattest, index)
+        return True

@@ -1,0 +1,24 @@
+"""Fat groups are spread over the data-parallel ranks."""
+
+from __future__ import annotations
+
+from sglang_deepprune.patches.ranks import RankBook, rank_of_name
+
+
+def test_a_group_goes_to_the_rank_that_owes_least() -> None:
+    book = RankBook()
+    assert [book.take(2, 64), book.take(2, 8), book.take(2, 8), book.take(2, 64)] == [0, 1, 1, 1]
+    book.give_back(0, 64)
+    assert book.take(2, 4) == 0
+
+
+def test_an_answered_group_owes_nothing_and_never_less() -> None:
+    book = RankBook()
+    rank = book.take(4, 16)
+    book.give_back(rank, 16)
+    book.give_back(rank, 16)
+    assert [book.take(4, 1) for _ in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_client_side_group_has_one_rank_in_every_process() -> None:
+    assert rank_of_name(4, "c0000000a" + "f" * 23) == 10 % 4
