@@ -7,7 +7,7 @@ STAMP := .venv/.set-up
 # torch's threads spin: more than one per process starves the server on a small machine.
 CPU_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: venv demo test test-full lint format bench dist-check clean
+.PHONY: venv demo test test-full lint format bench bench-frontier bench-serving dist-check clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -40,8 +40,16 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Recordings are not part of the project: name yours by DEEPPRUNE_TRACES and DEEPPRUNE_BRANCHES.
 bench: venv
 	$(CPU_ENV) $(BIN)/python -m benchmarks.replay
+
+bench-frontier: venv
+	$(CPU_ENV) $(BIN)/python -m benchmarks.frontier --json benchmarks/results/frontier.json
+
+# A few hours on an otherwise idle machine; it goes on where it stopped.
+bench-serving: venv
+	$(CPU_ENV) $(BIN)/python -m benchmarks.serving --json benchmarks/results/serving.json
 
 dist-check: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/dist_check.sh

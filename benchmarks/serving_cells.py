@@ -17,7 +17,7 @@ ORDINARY_SEED = 32_000  # questions of the ordinary n=1 requests
 NOISE_SEED = 1_000  # question q draws from NOISE_SEED + q
 ARRIVAL_SEED = 7
 # Chosen so that a plain vote is right in .6 to .8 and a fifth is out of reach, as on real sets.
-LEVEL_SHARES = {"easy": 0.2, "middle": 0.3, "hard": 0.3, "hopeless": 0.2}
+LEVEL_SHARES = {"easy": 0.2, "middle": 0.25, "hard": 0.32, "hopeless": 0.23}
 
 POOLS = ("pool4", "pool8", "pool16")
 POLICIES = (PLAIN, "balanced", *POOLS, "economy")
@@ -67,7 +67,7 @@ CELLS = (
     Cell("poisson110-real", 16, poisson=1.1),
     Cell("all64-flat-64rows", 64, is_flat=True, rows=64),
 )
-SMOKE = Cell("smoke", 8, policies=(PLAIN, "pool4", "latency"))
+SMOKE = Cell("smoke", 8, policies=(PLAIN, "pool4", "balanced"))
 SMOKE_QUESTIONS = 4
 BY_NAME = {cell.name: cell for cell in (*CELLS, SMOKE)}
 

@@ -20,8 +20,8 @@ from sglang_deepprune.reasoner import Question
 from sglang_deepprune.truncation import make_cut
 
 PLAIN = "plain n>1 (collect)"
-# The reasoner's whole trace holds about ten reasoning words: the paper's 25 would show the judge
-# all of it, and there would be nothing left to save.
+# Most of the reasoner's traces hold fewer reasoning words than the paper's 25: the judge would see
+# all of them, and there would be nothing left to save.
 SHORT_CUT: dict[str, Any] = {"cut_words": 4, "window": 8}
 
 
@@ -34,6 +34,7 @@ class Mode:
 
 
 MODES = {
+    "balanced": Mode("balanced (lazy, decided vote)", {"preset": "balanced"}),
     "latency": Mode("latency (decided vote)", {"preset": "latency"}),
     "paper": Mode("paper, K2=20", {"preset": "paper", "k2": 20}),
     "paper-scaled": Mode("paper, K2=n/4", {"preset": "paper", "k2": 0, **SHORT_CUT}),
