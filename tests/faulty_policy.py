@@ -1,0 +1,20 @@
+"""A plugin whose policy fails at each group's third vote: a bug of ours, by construction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_deepprune import policy
+from sglang_deepprune.group import Group
+
+
+def register() -> None:
+    """Entry point of the group `sglang.srt.plugins`."""
+    real = policy.plan
+
+    def plan(group: Group, *args: Any, **kwargs: Any) -> Any:
+        if group.num_voted == 3:
+            raise ZeroDivisionError("a bug")
+        return real(group, *args, **kwargs)
+
+    policy.plan = plan

@@ -1,0 +1,84 @@
+"""The held siblings and SGLang's queue: in sight when SGLang looks, else nowhere."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from sglang_deepprune.patches.waiting import WaitingRoom
+
+
+def request(rid: str) -> Any:
+    return SimpleNamespace(rid=rid)
+
+
+def room(*rids: str) -> WaitingRoom:
+    queue = [request(rid) for rid in rids]
+    return WaitingRoom(SimpleNamespace(waiting_queue=queue, max_queued_requests=7))
+
+
+def rids(room: WaitingRoom) -> list[str]:
+    return [req.rid for req in room.scheduler.waiting_queue]
+
+
+def test_a_claimed_sibling_takes_its_groups_place() -> None:
+    own = room("older")  # without a place: it came while no group lived
+    sibling, later = request("sibling"), request("later")
+    order = own.stamp(request("first sibling"))
+    own.stamp(later)
+    own.scheduler.waiting_queue.append(later)
+    own.stamp(sibling, order)
+    own.queue(sibling)
+    assert rids(own) == ["older", "sibling", "later"]
+
+
+def test_siblings_of_one_group_keep_their_order() -> None:
+    own = room()
+    order = own.stamp(request("a"))
+    for rid in "bc":
+        one = request(rid)
+        own.stamp(one, order)
+        own.queue(one)
+    assert rids(own) == ["b", "c"]
+
+
+def test_what_sglang_drops_while_it_looks_is_held_no_more() -> None:
+    own = room("w")
+    for rid in "ab":
+        own.hold(request(rid))
+    with own.shown():
+        assert rids(own) == ["w", "a", "b"]
+        own.scheduler.waiting_queue.pop(1)
+        own.scheduler.waiting_queue.append(request("new"))
+        with own.shown():  # nested: nobody is shown twice
+            assert rids(own) == ["w", "b", "new"]
+    assert rids(own) == ["w", "new"] and list(own.held) == ["b"]
+
+
+def test_a_refused_request_is_not_held() -> None:
+    own = room("w")
+    accepted, refused = request("accepted"), request("refused")
+    own.scheduler.waiting_queue.append(accepted)
+    own.hold_last(refused)
+    own.hold_last(accepted)
+    assert list(own.held) == ["accepted"] and rids(own) == ["w"]
+
+
+def test_the_queue_limit_is_lifted_and_set_again() -> None:
+    own = room()
+    try:
+        with own.unlimited():
+            assert own.scheduler.max_queued_requests is None
+            raise RuntimeError
+    except RuntimeError:
+        pass
+    assert own.scheduler.max_queued_requests == 7
+
+
+def test_a_fault_of_ours_lets_everybody_into_the_queue() -> None:
+    own = room("w")
+    held = request("held")
+    own.stamp(held)
+    own.hold(held)
+    own.release()
+    assert rids(own) == ["w", "held"] and not own.held
