@@ -81,6 +81,7 @@ class Engine:
         self.num_retracted = 0  # siblings that SGLang retracted
         self._lost: set[str] = set()  # groups that lost siblings to an abort, not replanned yet
         self._faults: set[str] = set()
+        self._at = ""  # the group that a guarded step is at
 
     # -- admission ---------------------------------------------------------------------------
 
@@ -98,6 +99,7 @@ class Engine:
             self.num_retracted += bool(req.is_retracted)
             return Arrival.RETURNS
         tagged = req.sampling_params.custom_params[wire.TAG]
+        self._at = tagged["gid"]
         admission = self.coordinator.admit(
             tagged["gid"], tagged["index"], tagged["size"], wire.settings_of(tagged),
             req.sampling_params.max_new_tokens or 0,
@@ -143,7 +145,6 @@ class Engine:
         ids = result.next_token_ids
         tokens = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         self.replan_lost()
-        actions: list[Action] = []
         for req, token in zip(batch.reqs, tokens, strict=False):
             live = self.live.get(req.rid)
             if live is None or req.finished() or req.is_retracted:
@@ -155,9 +156,9 @@ class Engine:
                 # Stopped in the step in which it ends anyway: its whole answer counts.
                 req.to_finish, req.skip_radix_cache_insert = None, live.skipped_insert
                 self.coordinator.revive(live.group_id, live.index)
+            self._at = live.group_id
             output_ids = [*req.output_ids, token] if is_cut else list(req.output_ids)
-            actions += self.coordinator.vote(live.group_id, live.index, output_ids, is_cut)
-        self._act(actions)
+            self._act(self.coordinator.vote(live.group_id, live.index, output_ids, is_cut))
 
     def after_prefill(self, batch: Any) -> None:
         """First tokens: a group that holds siblings back keeps its prompt's pages for them."""
@@ -202,6 +203,7 @@ class Engine:
             if isinstance(command, Fill):
                 self.rows.fills.append(command)
                 continue
+            self._at = command.group_id
             self._act(self.coordinator.apply(command))
             held = self.pending.get(command.group_id)
             if held is not None:
@@ -306,12 +308,14 @@ class Engine:
         ]  # fmt: skip
         for live in ended:
             reason = live.req.finished_reason
+            self._at = live.group_id
             if finish.state_of(reason) is State.FINISHED:
                 # A no-op for ends that `before_result` saw; stop strings and grammar come here.
                 output_ids = _text_ids(live.req)
                 cut = finish.is_cut(reason)
                 self._act(self.coordinator.vote(live.group_id, live.index, output_ids, cut))
         for live in ended:
+            self._at = live.group_id
             self._retire(live, finish.state_of(live.req.finished_reason))
 
     def without_pending(self, reqs: Sequence[Any]) -> list[Any]:
@@ -347,6 +351,7 @@ class Engine:
         live = self.live.get(output.rid)
         if live is None:
             return
+        self._at = live.group_id
         reason = output.finished_reason or {}
         state = State.FAILED if reason.get("status_code") else State.ABORTED
         self._drop(live)
@@ -368,6 +373,7 @@ class Engine:
         """At a safe point: fewer siblings may still vote, which can decide their groups."""
         lost, self._lost = sorted(self._lost), set()
         for group_id in lost:
+            self._at = group_id
             self._act(self.coordinator.lost(group_id))
 
     def _drop(self, live: Live) -> None:
@@ -396,9 +402,10 @@ class Engine:
     def guard(self, step: Callable[..., Any], *args: Any) -> Any:
         """Run one of our steps; a fault of ours never reaches SGLang.
 
-        It is logged once a kind, and every live group runs on as plain sampling would: which one
-        was at fault is not known, and a half-applied step must not act again.
+        It is logged once a kind, and the group at hand runs on as plain sampling would: a
+        half-applied step must not act again. Where the step was about no single group, all do.
         """
+        self._at = ""
         try:
             return step(*args)
         except Exception as error:
@@ -406,18 +413,23 @@ class Engine:
             if kind not in self._faults:
                 self._faults.add(kind)
                 logger.exception("deepprune: %s; live groups run on as plain sampling", kind)
-            self._abandon()
+            self._abandon(self._at)
             return None
 
-    def _abandon(self) -> None:
-        pending = [req for req, _ in self.pending.values()]
-        self.coordinator.abandon()
-        for table in (self.live, self.rids, self.pending, self.rows.extras, sampling.SEEDS):
-            table.clear()
-        self.room.release()
-        self.prefixes.let_go_all()
-        for req in pending:
-            self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+    def _abandon(self, group_id: str) -> None:
+        gone = set(self.coordinator.abandon(group_id))
+        if not self.coordinator.runs:
+            gone |= {live.group_id for live in self.live.values()} | set(self.pending)
+        for live in [live for live in self.live.values() if live.group_id in gone]:
+            is_held = live.req.rid in self.room.held
+            self._drop(live)
+            if is_held:
+                self.room.queue(live.req)
+        for one in gone:
+            self.prefixes.let_go(one)
+            req, _ = self.pending.pop(one, (None, None))
+            if req is not None:
+                self.scheduler.output_streamer.stream_output([req], req.return_logprob)
 
 
 def _ends_with(req: Any, token: int) -> tuple[bool, bool]:

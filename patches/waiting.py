@@ -82,12 +82,6 @@ class WaitingRoom:
         later = (i for i, other in enumerate(waiting) if getattr(other, _ORDER, 0) > order)
         waiting.insert(next(later, len(waiting)), req)
 
-    def release(self) -> None:
-        """Everybody to SGLang's queue: their groups are groups no more."""
-        held, self.held = list(self.held.values()), {}
-        for req in held:
-            self.queue(req)
-
     def requeue(self, req: Any) -> None:
         """SGLang has put a retracted sibling at the end of its queue: to its group's place."""
         waiting = self.scheduler.waiting_queue

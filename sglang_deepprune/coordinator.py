@@ -327,13 +327,13 @@ class Coordinator:
         group.reason = "pruned: the KV pool was full"
         return Stop(group_id, index, State.PRUNED)
 
-    def abandon(self) -> list[str]:
-        """A fault of ours: every live group runs on as plain sampling, and is ours no more."""
-        gone = list(self.runs)
-        for group_id in gone:
-            self.forget(group_id)
+    def abandon(self, group_id: str = "") -> list[str]:
+        """A fault of ours: the group, or every live one, runs on as plain sampling, and is ours no
+        more."""
+        gone = [group_id] if group_id in self.runs else list(self.runs)
+        for one in gone:
+            self.forget(one)
         self._abandoned.extend(gone)
-        self._asked.clear()
         return gone
 
     def revive(self, group_id: str, index: int) -> None:

@@ -57,6 +57,9 @@ class Server(LocalServer):
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 300) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=timeout_s)
 
+    def get(self, path: str) -> Any:
+        return requests.get(f"{self.url}{path}", timeout=60).json()
+
     def generate(self, text: str, **params: Any) -> Any:
         """POST /generate; `params` are sampling parameters."""
         response = self.post("/generate", {"text": text, "sampling_params": params})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.engine import scenario
 from tests.engine.conftest import COMMON, MARKER
 from tests.engine.server import Server
 from tests.engine.test_groups import DECIDE, PAPER, PRUNE, ask, group_of, states
+from tests.engine.test_lazy import LONG, in_background
 
 # SGLang's CPU engine asks for one core a rank.
 CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
@@ -25,6 +28,22 @@ def test_a_group_is_whole_on_two_ranks(tiny, scripts_env, flags: tuple[str, str]
             assert states(decided) == ["finished"] * 3 + ["decided"] * 9
             fenced = ask(server, "fence: expand", 3, {"preset": "latency"})
             assert [vote["votes"] for vote in group_of(fenced)["votes"]] == [2, 1]
+        fat = {
+            "text": LONG,
+            "sampling_params": {
+                "n": 12,
+                "max_new_tokens": 400,
+                "custom_params": {"deepprune": {"preset": "balanced"}},
+            },
+        }
+        both = [in_background(server, fat) for _ in range(2)]
+        if flags[0] == "--dp":
+            time.sleep(0.4)
+            loads = server.get("/v1/loads")["loads"]
+            assert all(load["num_running_reqs"] for load in loads)  # one fat group each
+        for thread, replies in both:
+            thread.join()
+            assert set(states(replies[0].json())) <= {"finished", "decided", "not_started"}
         server.wait_idle()
         lines = server.log_lines("deepprune-verdict")
         if flags[0] == "--tp":

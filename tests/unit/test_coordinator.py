@@ -235,6 +235,14 @@ def test_an_abandoned_group_is_not_opened_again_by_late_siblings():
     assert c.admit("h", 0, 3, {}, 100) == Admission(0)
 
 
+def test_a_fault_abandons_the_group_at_hand_or_all():
+    c = coordinator()
+    for gid in ("g", "h", "i"):
+        c.admit(gid, 0, 3, {}, 100)
+    assert c.abandon("h") == ["h"] and sorted(c.runs) == ["g", "i"]
+    assert c.abandon("gone before") == ["g", "i"] and c.is_idle
+
+
 def test_aborts_leave_fewer_voters_and_can_decide():
     c = coordinator(preset="latency")
     fill(c, 16)

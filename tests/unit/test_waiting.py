@@ -73,12 +73,3 @@ def test_the_queue_limit_is_lifted_and_set_again() -> None:
     except RuntimeError:
         pass
     assert own.scheduler.max_queued_requests == 7
-
-
-def test_a_fault_of_ours_lets_everybody_into_the_queue() -> None:
-    own = room("w")
-    held = request("held")
-    own.stamp(held)
-    own.hold(held)
-    own.release()
-    assert rids(own) == ["w", "held"] and not own.held
