@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from sglang_deepprune.demo import main
-from sglang_deepprune.demo_rows import PLAIN
+from sglang_deepprune.demo_rows import MODES, PLAIN
 
 SMALL = ["--questions", "2", "--n", "4", "--no-live"]
 
@@ -24,7 +24,7 @@ def test_the_demo_ends_with_its_table(tmp_path: Path, capsys):
     report = json.loads(out.read_text())
     assert {"name", "command", "versions", "machine", "rows"} <= set(report)
     plain, *others = report["rows"]
-    assert plain["mode"] == PLAIN and len(others) == 3
+    assert plain["mode"] == PLAIN and len(others) == len(MODES)
     assert plain["finished"] == 8 and plain["same_winner"] == 1 and plain["tokens_ratio"] == 1
     assert plain["cons_k"] == 4 and plain["judge_calls"] == 0
     for row in report["rows"]:
