@@ -26,6 +26,7 @@ from sglang_deepprune.types import ABSENT, Plan
 
 OPEN_ENDED = "open-ended: the first 3 finished siblings hold no answer"
 OPEN_ENDED_VOTES = 3
+AGED = 2  # mean trace lengths after which a group's claim begins to widen
 UNKNOWN_MEMBERS = 512  # siblings that a client-side group may still get while it is not closed
 
 
@@ -52,15 +53,16 @@ def width(group: Group) -> int:
     """Siblings that a group may have started and unfinished without asking whether rows are free.
 
     It grows with the group's age, in units of its own mean trace length, so that a question on
-    which nobody agrees is not run a few siblings at a time for ever. Age counts in steps: the same
-    on every rank.
+    which nobody agrees is not run a few siblings at a time for ever. Not before AGED such lengths:
+    most votes are decided by then, and what runs beside the deciding ones is waste. Age counts in
+    steps: the same on every rank.
     """
     config = group.config
     if not config.is_lazy or group.is_released:
         return UNKNOWN_MEMBERS * UNKNOWN_MEMBERS
     length = group.mean_length
-    age = group.steps / length if length else 0.0
-    return config.base + int(config.base * config.widen * age)
+    aged = max(0.0, group.steps / length - AGED) if length else 0.0
+    return config.base + int(config.base * config.widen * aged)
 
 
 def plan_claims(group: Group) -> int:

@@ -299,9 +299,11 @@ def test_the_claim_widens_with_age_in_units_of_the_groups_own_lengths() -> None:
     assert policy.width(group) == 4  # nobody has finished: there is no measure of age
     vote(group, 0, "1")
     group.siblings[0].num_tokens = 500
-    assert policy.width(group) == 8
+    assert policy.width(group) == 4  # two lengths old: not yet
+    group.steps = 1500
+    assert policy.width(group) == 6
     group.steps = 2000
-    assert policy.width(group) == 12
+    assert policy.width(group) == 8
 
 
 def test_eager_and_released_groups_claim_all_that_is_held() -> None:
