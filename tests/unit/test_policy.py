@@ -295,14 +295,14 @@ def lazy_group(size: int, started: int, **settings: Any) -> Group:
 
 def test_the_claim_widens_with_age_in_units_of_the_groups_own_lengths() -> None:
     group = lazy_group(64, 4, base=4, widen=0.5)
-    group.steps = 1000
+    group.steps = 1500
     assert policy.width(group) == 4  # nobody has finished: there is no measure of age
     vote(group, 0, "1")
     group.siblings[0].num_tokens = 500
-    assert policy.width(group) == 4  # two lengths old: not yet
-    group.steps = 1500
-    assert policy.width(group) == 6
+    assert policy.width(group) == 4  # three lengths old: not yet
     group.steps = 2000
+    assert policy.width(group) == 6
+    group.steps = 2500
     assert policy.width(group) == 8
 
 
