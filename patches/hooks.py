@@ -43,9 +43,12 @@ def add_request_to_queue(
         return original(self, req, is_retracted)
     custom = req.sampling_params.custom_params
     if not custom or not wire.is_ours(custom, ours.token):
-        if ours.coordinator.is_idle or is_retracted:
+        if ours.coordinator.is_idle or is_retracted or req.is_retracted:
             return original(self, req, is_retracted)
         ours.room.stamp(req)
+        # Who is held for want of a claim, and not of a row, stands in nobody's way.
+        if self.get_num_allocatable_reqs(len(self.running_batch.reqs)) > 0:
+            return original(self, req, is_retracted)
         with ours.room.shown():
             return original(self, req, is_retracted)
     arrival = ours.guard(ours.arrive, req)
@@ -107,13 +110,14 @@ def get_new_batch_prefill(
 ) -> Any:
     """AROUND `Scheduler._get_new_batch_prefill_raw`: extras yield, or start."""
     ours = _engine
-    if ours is None or not (ours.room.held or ours.rows.extras):
+    if ours is None or not (ours.room.held or ours.rows.extras or ours.prefixes.locks):
         return original(self, *args, **kwargs)
     batch = kwargs.get("running_batch") or (args[1] if len(args) > 1 else self.running_batch)
     ours.guard(ours.rows.before_prefill, batch)
     planned = original(self, *args, **kwargs)
-    batch = planned[1] if isinstance(planned, tuple) else self.running_batch
+    new, batch = planned if isinstance(planned, tuple) else (planned, self.running_batch)
     ours.guard(ours.rows.after_prefill, batch)
+    ours.guard(ours.after_admission, new, batch)
     return planned
 
 

@@ -33,10 +33,17 @@ class Pressure:
             return
         if not batch.spec_algorithm.is_none():
             return
+        finishing = getattr(self.engine.scheduler, "_reqs_finishing_inflight", None)  # 0.5.23
+        if finishing is not None and finishing(batch):
+            return  # SGLang waits for their KV rather than retract
+        self.engine.rows.promote()
         while len(batch.reqs) > 1 and not batch.check_decode_mem():
-            if not self.engine.rows.yield_rows(batch, 1) and not self._shed(batch):
+            if self.engine.rows.yield_rows(batch, 1) or self._shed(batch):
+                self.num_relieved += 1
+            elif self.engine.prefixes.locks:
+                self.engine.prefixes.let_go_all()
+            else:
                 return
-            self.num_relieved += 1
 
     def _shed(self, batch: Any) -> bool:
         """Take one row from the group that is furthest over its share."""

@@ -66,6 +66,8 @@ class Rows:
             return []
         if scheduler.waiting_queue or scheduler.chunked_req is not None:
             return []
+        if scheduler.grammar_manager.has_waiting_grammars():
+            return []  # they enter the queue inside the very pass that would admit the extras
         self._steps = 0
         groups = [run.group for run in self.coordinator.runs.values()]
         fills: dict[str, Fill] = {}
@@ -112,13 +114,15 @@ class Rows:
     def before_prefill(self, batch: Any) -> None:
         """Extras make room for whoever waits; with nobody waiting, more of them may start."""
         fills, self.fills = self.fills, []
-        self._promote()
+        self.promote()
         waiting = self.scheduler.waiting_queue
         if waiting:
             if self.extras and self._is_blocked(batch):
                 self.yield_rows(batch, len(waiting))
             return
         self._was_full = batch.batch_is_full
+        if self.scheduler.grammar_manager.has_waiting_grammars():
+            return
         for fill in fills:
             for _ in range(fill.count):
                 start = self.coordinator.start_extra(fill.group_id, fill.epoch)
@@ -176,6 +180,7 @@ class Rows:
         self.num_yielded += len(reqs)
         for req in reqs:
             self.send_back(req)
+            req.time_stats.set_wait_queue_entry_time()  # as for any retracted request
         return reqs
 
     def send_back(self, req: Any) -> None:
@@ -184,8 +189,9 @@ class Rows:
         live = self.engine.live[req.rid]
         self.coordinator.send_back(live.group_id, live.index, len(req.output_ids))
         self.engine.room.hold(req)
+        self.engine.wake(live.group_id)
 
-    def _promote(self) -> None:
+    def promote(self) -> None:
         """An extra whose group has come to claim it is one no more: the oldest first."""
         for group_id in dict.fromkeys(self.extras.values()):
             run = self.coordinator.runs.get(group_id)
@@ -195,6 +201,8 @@ class Rows:
                 del self.extras[rid]
 
     def _is_blocked(self, batch: Any) -> bool:
+        if any(req.finished() for req in batch.reqs):
+            return False  # before 0.5.21 they are still in: a row is free as of the next pass
         free = self.scheduler.get_num_allocatable_reqs(len(batch.reqs))
         return bool(batch.batch_is_full or free <= 0)
 

@@ -95,6 +95,7 @@ class Engine:
                 return Arrival.DONE
             if req.rid in self.rows.extras:
                 self.rows.send_back(req)
+                req.time_stats.set_wait_queue_entry_time()
                 return Arrival.DONE
             self.num_retracted += bool(req.is_retracted)
             return Arrival.RETURNS
@@ -330,9 +331,10 @@ class Engine:
         tokens = len(req.output_ids)
         if tokens == 0 and isinstance(req.finished_reason, finish.FinishStopped):
             state = State.NOT_STARTED
+        retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         if state in (State.ABORTED, State.FAILED):
             self._lost.add(live.group_id)
-        retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
+        self.wake(live.group_id)
         self._let_go(live.group_id)
         if retired is None:
             return
@@ -363,6 +365,17 @@ class Engine:
             output.finished_reason = {**output.finished_reason, **finish.payload(retired)}
         self._lost.add(live.group_id)
         self._log_tables()
+
+    def wake(self, group_id: str) -> None:
+        """No group is ever asleep: with nothing started and somebody held it is replanned."""
+        if self.coordinator.is_asleep(group_id):
+            self._lost.add(group_id)
+
+    def after_admission(self, planned: Any, batch: Any) -> None:
+        """Nothing runs and nobody was admitted although somebody waits: our locks may be why."""
+        is_stuck = planned is None and not batch.reqs and self.scheduler.chunked_req is None
+        if is_stuck and self.scheduler.waiting_queue:
+            self.prefixes.let_go_all()
 
     @property
     def has_lost(self) -> bool:

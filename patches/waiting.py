@@ -78,6 +78,8 @@ class WaitingRoom:
     def queue(self, req: Any) -> None:
         """Into SGLang's waiting queue, in front of everything that arrived after its group."""
         waiting = self.scheduler.waiting_queue
+        if self._is_shown and any(req is other for other in waiting):
+            return  # a fault while SGLang walks this very list: it stays where it is
         order = getattr(req, _ORDER, 0)
         later = (i for i, other in enumerate(waiting) if getattr(other, _ORDER, 0) > order)
         waiting.insert(next(later, len(waiting)), req)

@@ -100,7 +100,8 @@ class DeepPruneConfig:
         low=1, high=4096, kind=int,
     )  # fmt: skip
     widen: float = _setting(
-        0.5, "Share of `base` that a lazy group gets on top a mean trace length of age, after three.",
+        0.5, "Share of `base` that a lazy group gets on top a mean trace length of age, after "
+        "three.",
         low=0.0, high=64.0, kind=float,
     )  # fmt: skip
     fill: float = _setting(

@@ -314,6 +314,11 @@ class Coordinator:
         held[0].state = State.QUEUED
         return Start(group_id, held[0].index)
 
+    def is_asleep(self, group_id: str) -> bool:
+        """Nothing of the group runs or is queued, and somebody is held: it must be replanned."""
+        run = self.runs.get(group_id)
+        return run is not None and bool(run.group.held) and run.group.num_started == 0
+
     def send_back(self, group_id: str, index: int, num_tokens: int) -> None:
         """An extra yields its row, or got none: it waits within its group again."""
         sibling = self.runs[group_id].group.siblings[index]
@@ -470,8 +475,9 @@ class Coordinator:
             sibling.pruned_at = sibling.num_tokens or None
             if sibling.state is not State.EXPECTED:
                 actions.append(Stop(group.group_id, index, sibling.doom))
-        # Counted again: a claim may fall to a sibling that this very plan has just stopped.
-        for sibling in group.held[: min(plan.admit, len(group.held))]:
+        # Counted again: whom this very plan has stopped is started no more, nor is it held.
+        num_claimed = 0 if plan.decided else policy.plan_claims(group)
+        for sibling in group.held[:num_claimed]:
             sibling.state = State.QUEUED
             actions.append(Start(group.group_id, sibling.index))
         return actions

@@ -363,3 +363,26 @@ def test_an_extra_that_yields_waits_for_a_claim_in_front_of_the_others():
     c.send_back("g", 5, 17)
     assert end(c, 0, 1) == []  # an extra takes the claim's place
     assert end(c, 1, 2) == [Start("g", 5)]
+
+
+def test_a_verdict_that_stops_all_that_runs_starts_others():
+    c = coordinator(preset="paper", admission="lazy", base=2, k2=1, widen=0.0, cut="tokens")
+    assert admit_lazy(c, 8) == [False] * 2 + [True] * 6
+    end(c, 0, 1)  # 2 starts
+    c.runs["g"].in_flight = frozenset({0})
+    c.apply(verdict(c, (0, 0)))
+    end(c, 1, 2)  # 3 starts
+    c.runs["g"].in_flight = frozenset({1, 2, 3})
+    actions = c.apply(verdict(c, (1, 1), (2, 0), (3, 0)))
+    assert [a.index for a in actions if isinstance(a, Stop)] == [2, 3]
+    assert [a.index for a in actions if isinstance(a, Start)] == [4, 5]
+
+
+def test_a_group_with_nothing_started_is_asleep():
+    c = coordinator(widen=0.0)
+    admit_lazy(c, 8)
+    assert not c.is_asleep("g") and not c.is_asleep("unknown")
+    for index in range(4):
+        c.send_back("g", index, 5)
+    assert c.is_asleep("g")
+    assert len(c.lost("g")) == 4 and not c.is_asleep("g")
