@@ -39,7 +39,7 @@ def flat(tiny: Path, scripts_env: Any, tmp_path_factory: Any) -> Iterator[Server
     bench = bench_plugin.plugin_env(
         tmp_path_factory.mktemp("bench"), flat_ms=15.0, is_deepprune_on=True
     )
-    flags = (*COMMON, *MARKER, "--max-running-requests", str(ROWS))
+    flags = (*COMMON, *MARKER, "--max-running-requests", str(ROWS), "--deepprune-fill", "0.25")
     with Server(tiny, *flags, env=joined(scripts_env, bench)) as server:
         yield server
 

@@ -1,0 +1,25 @@
+"""The serving benchmark in its smoke size: real servers, flag off and on, its table and JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_smoke_size_runs_to_its_table(tmp_path: Path):
+    out = tmp_path / "serving.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.serving", "--smoke", "--json", str(out),
+         "--resume", str(tmp_path / "passes")],
+        cwd=ROOT, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["policy"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"plain", "pool4", "balanced", "plain again"}
+    assert rows["plain again"]["same_winner"] == 1  # paired noise
+    assert rows["plain again"]["tokens_ratio"] == 1
+    assert rows["balanced"]["tokens_ratio"] <= 1 and rows["balanced"]["retractions"] == 0
