@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
@@ -49,7 +50,7 @@ def add_request_to_queue(
         # Who is held for want of a claim, and not of a row, stands in nobody's way.
         if self.get_num_allocatable_reqs(len(self.running_batch.reqs)) > 0:
             return original(self, req, is_retracted)
-        with ours.room.shown():
+        with ours.room.counted():
             return original(self, req, is_retracted)
     arrival = ours.guard(ours.arrive, req)
     if arrival is Arrival.DONE:
@@ -59,7 +60,7 @@ def add_request_to_queue(
             original(self, req, is_retracted)
         ours.guard(ours.room.requeue, req)
         return None
-    with ours.room.shown():
+    with ours.room.counted():
         original(self, req, is_retracted)
     if arrival is Arrival.IS_HELD:
         ours.guard(ours.room.hold_last, req)
@@ -91,6 +92,14 @@ def with_held(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
         return original(self, *args, **kwargs)
 
 
+def abort_on_waiting_timeout(original: Callable[..., Any], self: Any) -> Any:
+    """AROUND `Scheduler._abort_on_waiting_timeout`. SGLang comes by in every pass, and looks at its
+    queue only where the time-out is set."""
+    if envs.SGLANG_REQ_WAITING_TIMEOUT.get() > 0:
+        return with_held(original, self)
+    return original(self)
+
+
 def is_fully_idle(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND `Scheduler.is_fully_idle`. A paused server asks before it flushes the tree, whoever
     waits: our locks would outlive their nodes."""
@@ -101,7 +110,7 @@ def is_fully_idle(original: Callable[..., Any], self: Any, *args: Any, **kwargs:
 
 def poll_timeout_aborts(original: Callable[..., Any], self: Any) -> Any:
     """AROUND `Scheduler._poll_timeout_aborts`: held siblings time out as queued ones do."""
-    aborts = with_held(original, self)
+    aborts = abort_on_waiting_timeout(original, self)
     return poll_commands(aborts, self) or aborts
 
 
@@ -112,7 +121,8 @@ def get_new_batch_prefill(
     ours = _engine
     if ours is None or not (ours.room.held or ours.rows.extras or ours.prefixes.locks):
         return original(self, *args, **kwargs)
-    batch = kwargs.get("running_batch") or (args[1] if len(args) > 1 else self.running_batch)
+    # Handed in since 0.5.19.
+    batch = kwargs.get("running_batch", args[1] if len(args) > 1 else self.running_batch)
     ours.guard(ours.rows.before_prefill, batch)
     planned = original(self, *args, **kwargs)
     new, batch = planned if isinstance(planned, tuple) else (planned, self.running_batch)
@@ -248,7 +258,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "Scheduler.abort_request": abort_request,
     "Scheduler.process_input_requests": process_input_requests,
     "Scheduler._poll_timeout_aborts": poll_timeout_aborts,
-    "Scheduler._abort_on_waiting_timeout": with_held,
+    "Scheduler._abort_on_waiting_timeout": abort_on_waiting_timeout,
     "Scheduler.is_fully_idle": is_fully_idle,
     "Scheduler._get_new_batch_prefill_raw": get_new_batch_prefill,
     "Scheduler.update_running_batch": update_running_batch,

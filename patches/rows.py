@@ -49,6 +49,8 @@ class Rows:
 
     def decoded(self, rows: int) -> None:
         """A decode result is done: the time since the last one is a step of the steady state."""
+        if not self.growth:
+            return
         now = time.perf_counter()
         if self._last_decode:
             self.model.add(rows, now - self._last_decode)
@@ -144,7 +146,9 @@ class Rows:
             return
         injected, self._injected = self._injected, []
         queue = self.scheduler.waiting_queue
-        refused = [req for req in injected if any(req is other for other in queue)]
+        waiting = {id(req) for req in queue}
+        # One that is ours no more (a fault in between) stays in SGLang's queue.
+        refused = [req for req in injected if id(req) in waiting and req.rid in self.engine.live]
         ours = {id(req) for req in refused}
         self.scheduler.waiting_queue = [req for req in queue if id(req) not in ours]
         for req in refused:

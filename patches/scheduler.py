@@ -67,9 +67,8 @@ class Engine:
         self.coordinator = coordinator
         self.live: dict[str, Live] = {}  # rid ->
         self.rids: dict[tuple[str, int], str] = {}  # (group, index) -> rid
-        self.pending: dict[
-            str, tuple[Any, Retired]
-        ] = {}  # group -> its last output, vote not counted
+        # group -> its last output, while its vote is not counted
+        self.pending: dict[str, tuple[Any, Retired]] = {}
         self.outbox: list[Command] = []  # the leader's, until seen back in the broadcast
         self.token = token_of(scheduler.server_args)
         self.is_deterministic = bool(scheduler.server_args.enable_deterministic_inference)
@@ -167,7 +166,7 @@ class Engine:
             live = self.live.get(req.rid)
             if live is not None and not req.finished() and len(req.output_ids) == 1:
                 run = self.coordinator.runs.get(live.group_id)
-                if run is not None and run.group.held:
+                if run is not None and run.group.has_held:
                     self.prefixes.take(live.group_id, req)
 
     def after_result(self, batch: Any) -> None:
@@ -206,9 +205,9 @@ class Engine:
                 continue
             self._at = command.group_id
             self._act(self.coordinator.apply(command))
-            held = self.pending.get(command.group_id)
-            if held is not None:
-                self._settle(command.group_id, *held)
+            last = self.pending.get(command.group_id)
+            if last is not None:
+                self._settle(command.group_id, *last)
             else:
                 self.coordinator.settle(command.group_id)
 
@@ -251,7 +250,7 @@ class Engine:
         """Nobody of the group is held any more: its prompt's pages are its running siblings'."""
         if group_id in self.prefixes.locks:
             run = self.coordinator.runs.get(group_id)
-            if run is None or run.group.is_decided or not run.group.held:
+            if run is None or run.group.is_decided or not run.group.has_held:
                 self.prefixes.let_go(group_id)
 
     def _doom(self, req: Any, stop: Stop) -> None:

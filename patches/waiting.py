@@ -42,14 +42,28 @@ class WaitingRoom:
             yield
             return
         scheduler, self._is_shown = self.scheduler, True
-        scheduler.waiting_queue = [*scheduler.waiting_queue, *self.held.values()]
+        before = scheduler.waiting_queue
+        scheduler.waiting_queue = shown = [*before, *self.held.values()]
+        size, last = len(shown), shown[-1]
         try:
             yield
         finally:
             queue, held = scheduler.waiting_queue, self.held
-            self.held = {req.rid: req for req in queue if req.rid in held}
-            scheduler.waiting_queue = [req for req in queue if req.rid not in held]
+            if queue is shown and len(queue) == size and queue[-1] is last:
+                scheduler.waiting_queue = before  # it only looked, as nearly always
+            else:
+                self.held = {req.rid: req for req in queue if req.rid in held}
+                scheduler.waiting_queue = [req for req in queue if req.rid not in held]
             self._is_shown = False
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """In sight where the queue has a limit; else nothing looks, and n arrivals cost n."""
+        if self.scheduler.max_queued_requests is None:
+            yield
+            return
+        with self.shown():
+            yield
 
     def hold(self, req: Any) -> None:
         self.held[req.rid] = req

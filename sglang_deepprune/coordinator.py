@@ -317,7 +317,9 @@ class Coordinator:
     def is_asleep(self, group_id: str) -> bool:
         """Nothing of the group runs or is queued, and somebody is held: it must be replanned."""
         run = self.runs.get(group_id)
-        return run is not None and bool(run.group.held) and run.group.num_started == 0
+        if run is None or run.group.is_decided:
+            return False  # whoever is held there is about to be answered
+        return run.group.num_started == 0 and run.group.has_held
 
     def send_back(self, group_id: str, index: int, num_tokens: int) -> None:
         """An extra yields its row, or got none: it waits within its group again."""
@@ -475,9 +477,7 @@ class Coordinator:
             sibling.pruned_at = sibling.num_tokens or None
             if sibling.state is not State.EXPECTED:
                 actions.append(Stop(group.group_id, index, sibling.doom))
-        # Counted again: whom this very plan has stopped is started no more, nor is it held.
-        num_claimed = 0 if plan.decided else policy.plan_claims(group)
-        for sibling in group.held[:num_claimed]:
+        for sibling in group.held[: plan.admit]:
             sibling.state = State.QUEUED
             actions.append(Start(group.group_id, sibling.index))
         return actions

@@ -1,9 +1,9 @@
 """A group: the siblings of one prompt and where each of them stands. No I/O, no clock, no engine.
 
 A sibling's life: EXPECTED -> (HELD ->) QUEUED -> RUNNING -> one of the end states, once. One that
-started beyond its group's claim may be sent back to HELD. A
-doomed sibling has its end state chosen (`doom`) while the engine still has to end it. Policies read
-this state and answer with a Plan; only the coordinator changes it.
+started beyond its group's claim may be sent back to HELD. A doomed sibling has its end state chosen
+(`doom`) while the engine still has to end it. Policies read this state and answer with a Plan; only
+the coordinator changes it.
 """
 
 from __future__ import annotations
@@ -108,6 +108,10 @@ class Group:
         """Siblings that wait for a claim: those with tokens first, then by index."""
         found = [s for s in self.siblings.values() if s.state is State.HELD and s.is_live]
         return sorted(found, key=lambda sibling: (-sibling.num_tokens, sibling.index))
+
+    @property
+    def has_held(self) -> bool:
+        return any(s.state is State.HELD and s.is_live for s in self.siblings.values())
 
     @property
     def num_voted(self) -> int:

@@ -46,7 +46,7 @@ def plan(group: Group, in_flight: frozenset[int] = frozenset()) -> Plan:
     if settled.decided:
         return settled
     pruned = plan_deepprune(group, in_flight) if config.prunes_by_judge else Plan()
-    return replace(pruned, admit=plan_claims(group))
+    return replace(pruned, admit=plan_claims(group, pruned.stop))
 
 
 def width(group: Group) -> int:
@@ -65,9 +65,13 @@ def width(group: Group) -> int:
     return config.base + int(config.base * config.widen * aged)
 
 
-def plan_claims(group: Group) -> int:
-    """Held siblings that the group starts now. Never none while nothing of it lives."""
-    return max(0, min(len(group.held), width(group) - group.num_started))
+def plan_claims(group: Group, stopped: Sequence[int] = ()) -> int:
+    """Held siblings that the group starts now, once `stopped` are. Never none while nothing of it
+    lives: it would sleep for ever."""
+    gone = [group.siblings[index] for index in stopped]
+    held = len(group.held) - sum(sibling.state is State.HELD for sibling in gone)
+    started = group.num_started - sum(sibling.is_started for sibling in gone)
+    return max(0, min(held, width(group) - started))
 
 
 def num_extras(group: Group) -> int:
@@ -81,7 +85,7 @@ def fill_order(groups: Sequence[Group]) -> Iterator[Group]:
     heap = [
         (group.num_voted + group.num_started, place, len(group.held))
         for place, group in enumerate(groups)
-        if group.held and not group.is_decided
+        if not group.is_decided and group.has_held
     ]
     heapq.heapify(heap)
     while heap:

@@ -47,6 +47,7 @@ def test_redundant_siblings_are_pruned_before_anybody_is_retracted(tight: Server
 
 
 def test_a_group_over_its_share_gives_way_to_a_stranger(tight: Server):
+    before = counts(tight)["relieved"]
     params = {"n": 8, "max_new_tokens": 400, "custom_params": {"deepprune": {"preset": "collect"}}}
     thread, replies = in_background(tight, {"text": LONG, "sampling_params": params})
     stranger = tight.generate("a stranger", max_new_tokens=300, ignore_eos=True, temperature=0.0)
@@ -56,6 +57,7 @@ def test_a_group_over_its_share_gives_way_to_a_stranger(tight: Server):
     assert states(outputs) == ["finished"] * 8
     for index, output in enumerate(outputs):  # sent back and started again, to the same text
         assert output["text"] == scenario.PROMPTS[LONG][index]
+    assert counts(tight)["relieved"] > before
     tight.wait_idle()
 
 

@@ -314,6 +314,13 @@ def test_eager_and_released_groups_claim_all_that_is_held() -> None:
     assert policy.plan(group).admit == 6
 
 
+def test_whom_a_plan_stops_makes_room_for_a_claim() -> None:
+    group = lazy_group(8, 2, base=2, widen=0.0)
+    assert policy.plan_claims(group) == 0
+    assert policy.plan_claims(group, stopped=(0, 1)) == 2
+    assert policy.plan_claims(group, stopped=(0, 1, 2, 3, 4, 5, 6)) == 1  # one is left to start
+
+
 def test_extras_are_what_runs_beyond_the_claim() -> None:
     group = lazy_group(16, 7, widen=0.0)
     assert policy.num_extras(group) == 3

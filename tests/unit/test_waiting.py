@@ -55,6 +55,35 @@ def test_what_sglang_drops_while_it_looks_is_held_no_more() -> None:
     assert rids(own) == ["w", "new"] and list(own.held) == ["b"]
 
 
+def test_one_dropped_and_one_added_is_no_mere_look() -> None:
+    own = room("w")
+    for rid in "ab":
+        own.hold(request(rid))
+    with own.shown():  # SGLang's limit with priorities: one goes, the new one comes
+        own.scheduler.waiting_queue.pop(2)
+        own.scheduler.waiting_queue.append(request("new"))
+    assert rids(own) == ["w", "new"] and list(own.held) == ["a"]
+
+
+def test_a_mere_look_leaves_the_queue_as_it_was() -> None:
+    own = room("w")
+    own.hold(request("a"))
+    queue = own.scheduler.waiting_queue
+    with own.shown():
+        assert rids(own) == ["w", "a"]
+    assert own.scheduler.waiting_queue is queue and list(own.held) == ["a"]
+
+
+def test_without_a_limit_an_arrival_sees_nobody() -> None:
+    own = room("w")
+    own.hold(request("a"))
+    with own.counted():
+        assert rids(own) == ["w", "a"]
+    own.scheduler.max_queued_requests = None
+    with own.counted():
+        assert rids(own) == ["w"]
+
+
 def test_a_refused_request_is_not_held() -> None:
     own = room("w")
     accepted, refused = request("accepted"), request("refused")
