@@ -137,3 +137,18 @@ def test_a_stranger_is_served_while_a_group_holds_its_siblings(scripted: Server)
     thread.join()
     assert waited < 5 and replies[0].status_code == 200
     scripted.wait_idle()
+
+
+def test_a_pause_and_a_flush_leave_held_siblings_to_go_on(scripted: Server):
+    """What an RL trainer does between two steps: the tree is flushed under our prompt lock."""
+    thread, replies = start_long(scripted, "paused")
+    assert scripted.post("/pause_generation", {"mode": "retract"}).status_code == 200
+    assert requests.post(f"{scripted.url}/flush_cache", timeout=30).status_code == 200
+    assert scripted.post("/continue_generation", {}).status_code == 200
+    thread.join(timeout=60)
+    assert not thread.is_alive(), "the client hangs"
+    outputs = replies[0].json()
+    assert states(outputs) == ["finished"] * 12
+    assert [one["text"] for one in outputs] == scenario.PROMPTS[LONG]
+    scripted.wait_idle()
+    assert all(count == 0 for count in scripted.log_lines("deepprune-tables")[-1].values())
