@@ -173,9 +173,10 @@ def _tokenizer(model: Path) -> Any:
 
 def _make_model(path: Path, questions: Sequence[Question]) -> None:
     """One layer, one head: the forward pass is real, and the KV of a token takes 64 bytes."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.engine.tiny_model import random_qwen3
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -190,7 +191,8 @@ def _make_model(path: Path, questions: Sequence[Question]) -> None:
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
     tokenizer.save_pretrained(path)
-    config = Qwen3Config(
+    random_qwen3(
+        tokenizer,
         vocab_size=VOCAB_SIZE,
         hidden_size=16,
         intermediate_size=16,
@@ -199,11 +201,4 @@ def _make_model(path: Path, questions: Sequence[Question]) -> None:
         num_key_value_heads=1,
         head_dim=8,
         max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Qwen3ForCausalLM(config).save_pretrained(path)
+    ).save_pretrained(path)

@@ -51,7 +51,8 @@ def make_tiny_model(path: str | Path, vocab_texts: Iterable[str] | None = None) 
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(TEXTS if vocab_texts is None else vocab_texts)
     tokenizer.save_pretrained(path)
-    config = Qwen3Config(
+    model = random_qwen3(
+        tokenizer,
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=128,
@@ -60,6 +61,15 @@ def make_tiny_model(path: str | Path, vocab_texts: Iterable[str] | None = None) 
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=4096,
+    )
+    model.to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def random_qwen3(tokenizer: PreTrainedTokenizerFast, **shape: int) -> Qwen3ForCausalLM:
+    """A Qwen3 of this shape with random weights, always the same ones."""
+    config = Qwen3Config(
+        **shape,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -67,6 +77,4 @@ def make_tiny_model(path: str | Path, vocab_texts: Iterable[str] | None = None) 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(path)
-    return path
+        return Qwen3ForCausalLM(config)
