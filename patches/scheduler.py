@@ -104,6 +104,7 @@ class Engine:
             tagged["gid"], tagged["index"], tagged["size"], wire.settings_of(tagged),
             req.sampling_params.max_new_tokens or 0,
             starts_in_reasoning=self._opens_thinking(req.origin_input_ids),
+            prompt_ids=req.origin_input_ids,
         )  # fmt: skip
         if admission is None:
             return Arrival.STARTS

@@ -28,6 +28,10 @@ COMMANDS = {
     "demo": Command(
         "sglang_deepprune.demo", "serve the embedded reasoner, prune live, print the table"
     ),
+    "train-judge": Command("sglang_deepprune.training", "fit a belief judge to recorded traces"),
+    "eval-judge": Command(
+        "sglang_deepprune.evaluation", "measure a judge on recorded traces, write its card"
+    ),
 }
 
 

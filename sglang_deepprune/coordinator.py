@@ -64,6 +64,8 @@ class Start:
 
 Action = Stop | Start
 
+_PROMPT_TOKENS = 2048  # about a millisecond to decode, once a group
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:
@@ -91,6 +93,7 @@ class Run:
     max_new_tokens: int
     is_client_side: bool = False
     starts_in_reasoning: bool = False
+    prompt: str = ""  # what a judge may read of it
     cuts: dict[int, Cut] = field(default_factory=dict)
     traces: dict[int, Trace] = field(default_factory=dict)  # truncated, one a judged sibling
     in_flight: frozenset[int] = frozenset()  # siblings of the task that the judge has now
@@ -152,11 +155,12 @@ class Coordinator:
         max_new_tokens: int,
         *,
         starts_in_reasoning: bool = False,
+        prompt_ids: Sequence[int] = (),
     ) -> Admission | None:
         """A sibling arrives. None: its group was abandoned, it is a plain request.
 
         `starts_in_reasoning`: the prompt has opened the think block, so a trace without marks is
-        all thinking.
+        all thinking. `prompt_ids`: read once a group, if a judge asks for its text.
         """
         run = self.runs.get(group_id)
         if run is None and group_id in self._abandoned:
@@ -164,6 +168,8 @@ class Coordinator:
         if run is None:
             run = self._open(group_id, index, size, settings, max_new_tokens)
             run.starts_in_reasoning = starts_in_reasoning
+            if self.judge is not None and run.group.config.is_judged:
+                run.prompt = self._prompt(prompt_ids)
         group = run.group
         if index == ABSENT:
             taken = [i for i, s in group.siblings.items() if s.state is not State.EXPECTED]
@@ -177,6 +183,13 @@ class Coordinator:
             sibling.doom = State.NOT_STARTED
             return Admission(index, end=State.NOT_STARTED)
         return Admission(index, is_held=sibling.state is State.HELD)
+
+    def _prompt(self, prompt_ids: Sequence[int]) -> str:
+        """What a judge reads of a prompt: its end, where options and the question stand."""
+        try:
+            return self.read(prompt_ids[-_PROMPT_TOKENS:])
+        except (OverflowError, TypeError, IndexError):
+            return ""  # an image's ids are hashes, beyond any vocabulary
 
     def _open(
         self, group_id: str, index: int, size: int, settings: Mapping[str, Any], max_tokens: int
@@ -412,7 +425,7 @@ class Coordinator:
         if point is not None:
             text = cut.text(output_ids, point)
             answer = run.group.siblings[index].answer if is_end else None
-            run.traces[index] = Trace(index, text, point.num_tokens, point.kind, answer)
+            run.traces[index] = Trace(index, text, point.num_tokens, point.kind, answer, run.prompt)
 
     def _place(self, run: Run, result: JudgeResult) -> None:
         group = run.group

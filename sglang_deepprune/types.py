@@ -29,6 +29,7 @@ class Trace:
     num_tokens: int  # tokens of `text`
     cut: str  # "words" | "tokens" | "end": why the text stops where it does
     answer: str | None = None  # the final answer of a sibling that has finished, as extracted
+    prompt: str = ""  # the prompt's end, special tokens left out; "" when it is not known
 
 
 @dataclass(frozen=True, slots=True)
