@@ -28,6 +28,9 @@ COMMANDS = {
     "demo": Command(
         "sglang_deepprune.demo", "serve the embedded reasoner, prune live, print the table"
     ),
+    "collect": Command(
+        "sglang_deepprune.collect", "sample traces from an OpenAI-compatible server into a file"
+    ),
     "train-judge": Command("sglang_deepprune.training", "fit a belief judge to recorded traces"),
     "eval-judge": Command(
         "sglang_deepprune.evaluation", "measure a judge on recorded traces, write its card"

@@ -157,7 +157,7 @@ class DeepPruneConfig:
     )
     judge: str = _setting(
         "similarity", "Judge of trace pairs, NAME[:PATH]: similarity, encoder[:PATH], "
-        "oracle:PATH, python:PKG.MOD:FACTORY (your own), none.", scope="server",
+        "belief[:PATH], oracle:PATH, python:PKG.MOD:FACTORY (your own), none.", scope="server",
     )  # fmt: skip
     judge_deadline_ms: int = _setting(
         10_000, "Milliseconds that a judge has for a batch; no verdict after that, and a restart.",

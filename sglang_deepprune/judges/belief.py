@@ -29,6 +29,7 @@ from sglang_deepprune.types import Pair, Trace
 FORMAT = "sglang-deepprune belief 1"
 OTHER = ""  # "none of the results stated so far"
 KINDS = ("options", "results")
+EMBEDDED = Path(__file__).parent / "embedded" / "belief.json"
 NUM_PAIR_FEATURES = 5
 _MAX_TEXTS = 4096
 _TYPICAL_LOG_CHARS, _SPREAD_LOG_CHARS = 9.0, 1.5
@@ -110,12 +111,13 @@ class BeliefJudge:
     Parameters
     ----------
     path : str
-        JSON written by `sglang-deepprune train-judge`. Raises ValueError on anything else.
+        JSON written by `sglang-deepprune train-judge`; without it, what ships: trained on traces of
+        the embedded reasoner, for open numeric answers alone. Raises ValueError on anything else.
     """
 
     name = "belief"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | Path = EMBEDDED) -> None:
         self.weights = load_weights(path)
         self._beliefs: VectorCache[tuple[str, Belief, float] | None] = VectorCache(
             self._believe, _MAX_TEXTS

@@ -94,9 +94,7 @@ def test_a_broken_file_is_one_sentence(tmp_path: Path, content: str):
         load_judge(f"belief:{path}")
 
 
-def test_it_needs_a_path(tmp_path: Path):
-    with pytest.raises(ConfigError, match="belief:PATH"):
-        check_judge("belief")
+def test_its_path_must_exist(tmp_path: Path):
     with pytest.raises(ConfigError, match="no file"):
         check_judge(f"belief:{tmp_path / 'missing.json'}")
 
