@@ -35,6 +35,7 @@ COMMANDS = {
     "eval-judge": Command(
         "sglang_deepprune.evaluation", "measure a judge on recorded traces, write its card"
     ),
+    "calibrate": Command("sglang_deepprune.calibrate", "the tau for a wanted rate of false merges"),
 }
 
 

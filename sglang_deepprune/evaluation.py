@@ -1,7 +1,7 @@
 """`sglang-deepprune eval-judge`: how good a judge is on recorded traces, cut by cut, and its card.
 
 Figures (pairs i < j of one question; label: same answer under our equivalence; pairs with an
-abstention or without a verdict are left out, their share is `no_verdict`):
+abstention or without a verdict are left out, their share is `left_out`):
 
 - `pooled_auroc`: over the pairs of all questions. Misleading alone: see `difficulty_auroc`.
 - `within_auroc`: mean over the questions whose pairs have both labels. What pruning lives on.
@@ -64,7 +64,7 @@ class Scored:
     labels: np.ndarray  # bool: same answer
     questions: np.ndarray  # int: index of the question
     is_unfinished: np.ndarray  # bool: both traces are longer than the cut
-    no_verdict: float  # share of the pairs
+    left_out: float  # share of the pairs
     cost_ms: float  # a trace
     cases: list[vote_study.Case]
 
@@ -201,7 +201,7 @@ def evaluate(scored: Scored, judge: str, cut: str, rate: float, seed: int) -> Ro
         "within_auroc": _mean(list(within.values())), "within_low": low_w, "within_high": high_w,
         "difficulty_auroc": auroc(labels, np.array([share[q] for q in scored.questions])),
         "both_unfinished_auroc": auroc(labels[both], scores[both]),
-        "unfinished_share": _mean(both), "no_verdict": scored.no_verdict,
+        "unfinished_share": _mean(both), "left_out": scored.left_out,
         "tnr_at_fnr_0_2": tnr_at_fnr(labels, scores),
         "brier": _mean((scores - labels) ** 2),
         "tau": tau, "false_merge": false_merge(labels, scores, 0.5 if tau is None else tau),

@@ -92,7 +92,7 @@ def test_rows_are_a_recording_and_a_second_run_goes_on(
     assert main([*argv, "--n", "3"]) == 0
     assert len(fake.asked) == 6  # none twice
     assert {key for _, _, key in fake.asked} == {"Bearer secret"}
-    first, second = traces.load(output)
+    first, second = sorted(traces.load(output), key=lambda question: question.question_id)
     assert (first.prompt, first.gold) == ("ask a", "1")
     found = {trace.seed: trace.answer for trace in second.traces}
     assert found[0] == "0"

@@ -153,6 +153,18 @@ def test_wrong_arguments_are_one_sentence(file: Path, capsys: Any, argv: list[st
     assert part in err
 
 
+def test_the_calibrate_command(file: Path, tmp_path: Path, capsys: Any):
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    known = [{"text_prefix": row["text"], "answer": row["answer"]} for row in rows]
+    oracle = recordings.write(tmp_path / "oracle.jsonl", known)
+    argv = ["calibrate", "--traces", str(file), "--cut", "share:0.75", "--judge"]
+    assert main([*argv, f"oracle:{oracle}"]) == 0
+    assert "tau 0.3: " in capsys.readouterr().out
+    assert main([*argv, "none"]) == 1
+    assert "no tau keeps false merges" in capsys.readouterr().out
+    assert main([*argv, "nobody"]) == 2
+
+
 def test_a_judge_without_verdicts_is_no_table(file: Path, capsys: Any):
     status, _, err = run(capsys, "--judge", "none", "--traces", str(file), "--cut", "tokens:20")
     assert status == 1
