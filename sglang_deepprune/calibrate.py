@@ -1,4 +1,4 @@
-"""`sglang-deepprune calibrate`: the tau at which a judge's merges are wrong no more than so often."""
+"""`sglang-deepprune calibrate`: the tau at which merges are wrong no more than so often."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ and judges each question with weights that never saw it.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -208,7 +209,9 @@ def evaluate(scored: Scored, judge: str, cut: str, rate: float, seed: int) -> Ro
         "false_merge_unseen": false_merge_unseen(scored, rate, seed),
         "cost_ms": scored.cost_ms,
     }  # fmt: skip
-    return {**row, **_votes(scored.cases, 0.5 if tau is None else tau, seed)}
+    row |= _votes(scored.cases, 0.5 if tau is None else tau, seed)
+    # Not every figure exists at every cut, and NaN is no JSON.
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
 def _votes(cases: Sequence[vote_study.Case], tau: float, seed: int) -> Row:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_deepprune import training
+from sglang_deepprune import card, training
 from sglang_deepprune.config import ConfigError
 from sglang_deepprune.evaluation import auroc
 from sglang_deepprune.judges import belief, check_judge, load_judge
@@ -97,6 +97,24 @@ def test_a_broken_file_is_one_sentence(tmp_path: Path, content: str):
 def test_its_path_must_exist(tmp_path: Path):
     with pytest.raises(ConfigError, match="no file"):
         check_judge(f"belief:{tmp_path / 'missing.json'}")
+
+
+def test_what_ships_knows_the_reasoners_answers_and_has_a_card():
+    judge = belief.BeliefJudge()
+    text = (
+        "<think> hmm let us see go from the left . start with 10 . so 10 + 17 = 27 . "
+        "thus 27 + 21 = 48 . wait maybe check 27 + 21 = 48 so right . "
+        "hence 48 + 21 = {} . so the total is {} . "
+        "</think> thus the answer is \\boxed{{{}}}"
+    )
+    left, right, other = (
+        Trace(i, text.format(n, n, n), 20, "tokens", prompt="What is 10 + 17 + 21 + 21 ?")
+        for i, n in enumerate((69, 69, 79))
+    )
+    same, different = judge.score([Pair(left, right), Pair(left, other)])
+    assert same > 0.6 > 0.4 > different
+    own = card.load(belief.EMBEDDED.with_suffix(".card.json"))
+    assert own.may_prune is False  # a judge that ships must earn it
 
 
 def test_training_says_what_is_missing(tmp_path: Path, capsys: Any):

@@ -122,6 +122,27 @@ def test_a_window_hands_over_what_was_cut_and_nothing_twice():
     assert {trace.num_tokens for trace in task.traces} == {4}
 
 
+def test_a_judge_may_read_the_prompt():
+    c = coordinator(preset="paper", cut="tokens")
+    for index in range(2):
+        c.admit("g", index, 2, {}, 100, prompt_ids=[0, 0, 1])
+    for length in range(1, 9):
+        step(c, [0, 1], length)
+    (task,) = c.judge.tasks  # type: ignore[union-attr]
+    assert {trace.prompt for trace in task.traces} == {decode([0, 0, 1])}
+
+
+def test_a_prompt_that_cannot_be_read_is_empty():
+    c = coordinator(preset="paper", cut="tokens")
+
+    def unreadable(ids: Any) -> str:
+        raise OverflowError("an image's id")
+
+    c.read = unreadable
+    assert c.admit("g", 0, 2, {}, 100, prompt_ids=[1 << 60]) == Admission(0)
+    assert c.runs["g"].prompt == ""
+
+
 def verdict(c: Coordinator, *places: tuple[int, int], gid: str = "g", epoch: int | None = None):
     epoch = c.runs[gid].group.epoch if epoch is None else epoch
     placed = tuple(Assignment(s, k, math.nan if k == ABSENT else 0.9) for s, k in places)
