@@ -31,6 +31,9 @@ COMMANDS = {
     "collect": Command(
         "sglang_deepprune.collect", "sample traces from an OpenAI-compatible server into a file"
     ),
+    "pairs": Command(
+        "sglang_deepprune.pairs", "labelled pairs of recorded traces, split by question"
+    ),
     "train-judge": Command("sglang_deepprune.training", "fit a belief judge to recorded traces"),
     "eval-judge": Command(
         "sglang_deepprune.evaluation", "measure a judge on recorded traces, write its card"

@@ -20,6 +20,7 @@ import numpy as np
 from sglang_deepprune.answers import canonical, compare
 from sglang_deepprune.judges import belief as judge
 from sglang_deepprune.judges.candidates import NUM_FEATURES, Candidates
+from sglang_deepprune.pairs import same_answer
 from sglang_deepprune.traces import CUTS, Question, TraceFileError, load, truncate
 
 _L2 = 30.0
@@ -121,9 +122,7 @@ def _fit_kind(readings: Sequence[Reading], kind: str, seed: int) -> judge.Weight
             for i, j in _some_pairs(len(members), rng):
                 (left, p), (right, q) = members[i], members[j]
                 pairs.append(judge.pair_features(p, q, (left.length, right.length)))
-                labels.append(
-                    left.answer == right.answer or bool(compare(left.answer, right.answer))
-                )
+                labels.append(same_answer(left.answer, right.answer))
     candidate, other = _fit_softmax(readings, has_other)
     return judge.Weights(candidate, other, _fit_pairs(pairs, labels))
 
