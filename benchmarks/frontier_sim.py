@@ -119,7 +119,7 @@ class Server:
         ]
         task = JudgeTask(
             f"{run.draw.question.number}", 0, tuple(traces), (), (),
-            config.tau, config.k, config.k1, config.seed,
+            config.merge_tau, config.k, config.k1, config.seed,
         )  # fmt: skip
         for one in place(task, run.score)[0]:
             sibling = group.siblings[one.sibling]

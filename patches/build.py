@@ -9,6 +9,7 @@ from sglang_deepprune import __version__
 from sglang_deepprune.answers import Fence
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
+from sglang_deepprune.judges.permission import sentence
 from sglang_deepprune.judging import JudgeWorker
 from sglang_deepprune.patches import seams, server_args
 from sglang_deepprune.patches.scheduler import Engine
@@ -38,10 +39,9 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
     )
     if is_leader:
         logger.info(
-            "deepprune %s is active: SGLang %s, %d seams, preset %s, judge %s, overlap %s, "
-            "default %s",
+            "deepprune %s is active: SGLang %s, %d seams, preset %s, %s, overlap %s, default %s",
             __version__, seams.sglang_version(), len(server_args.activated()), config.preset,
-            config.judge, "on" if scheduler.enable_overlap else "off", config.default,
+            sentence(config), "on" if scheduler.enable_overlap else "off", config.default,
         )  # fmt: skip
     return Engine(scheduler, config, coordinator)
 

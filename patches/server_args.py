@@ -20,8 +20,9 @@ from typing import Any
 
 from packaging.version import Version
 
-from sglang_deepprune.config import ConfigError, DeepPruneConfig, dest_of, flag_of
+from sglang_deepprune.config import ConfigError, DeepPruneConfig, dest_of, flag_of, setting_fields
 from sglang_deepprune.judges import check_judge
+from sglang_deepprune.judges.permission import with_card
 from sglang_deepprune.patches import seams
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def _restore(values: dict[str, Any], token: str) -> Carrier:
 def add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
     """AFTER `ServerArgs.add_cli_args`: one flag a setting, in a group of their own."""
     group = parser.add_argument_group("deepprune")
-    for spec in dataclasses.fields(DeepPruneConfig):
+    for spec in setting_fields():
         flag, help = flag_of(spec), spec.metadata["help"]
         if spec.metadata["kind"] is bool:
             group.add_argument(flag, dest=dest_of(spec), action="store_true", help=help)
@@ -83,7 +84,7 @@ def from_cli_args(original: Callable[..., Any], cls: Any, args: argparse.Namespa
     server_args = original(cls, args)
     values = {
         spec.name: getattr(args, dest_of(spec))
-        for spec in dataclasses.fields(DeepPruneConfig)
+        for spec in setting_fields()
         if hasattr(args, dest_of(spec))
     }
     try:
@@ -106,7 +107,7 @@ class ServerArgsFactory:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         values = {
             spec.name: kwargs.pop(dest_of(spec))
-            for spec in dataclasses.fields(DeepPruneConfig)
+            for spec in setting_fields()
             if dest_of(spec) in kwargs
         }
         server_args = self.original(*args, **kwargs)
@@ -140,6 +141,7 @@ def _attach(server_args: Any, values: dict[str, Any]) -> None:
     if not config.enable:
         return
     check_judge(config.judge)
+    config = with_card(config)
     refuse_unproven_modes(server_args)
     setattr(server_args, ATTRIBUTE, Carrier(config))
     activate(config, everywhere=True)

@@ -40,7 +40,8 @@ _PRESETS = {
 }
 PRESETS = tuple(_PRESETS)
 
-Scope = Literal["server", "request", "wire"]
+# "derived": no flag and no request sets it; the server works it out at its start.
+Scope = Literal["server", "request", "derived"]
 
 
 class ConfigError(ValueError):
@@ -130,13 +131,15 @@ class DeepPruneConfig:
     reasoning_words: str = _setting(
         "", "Comma-separated reasoning words to count beside the built-in list.", scope="server"
     )
-    tau: float = _setting(
-        0.5, "Similarity above which a trace joins a cluster.", low=0.0, high=1.0, kind=float
-    )
+    tau: float | None = _setting(
+        None, "Similarity above which a trace joins a cluster; unset: what the judge's card says "
+        "at this cut, 0.5 without a card and under `paper`.", low=0.0, high=1.0, kind=float,
+    )  # fmt: skip
     k: int = _setting(32, "K: most clusters of a group.", low=1, high=4096, kind=int)
     k1: int = _setting(10, "K1: members drawn for sim(t_i, c_j).", low=1, high=4096, kind=int)
-    k2: int = _setting(
-        20, "K2: traces of the largest cluster that run to their end; 0: min(20, ceil(n/4)).",
+    k2: int | None = _setting(
+        None, "K2: traces of the largest cluster that run to their end; 0: min(20, ceil(n/4)). "
+        "Preset `paper`: 20; the others, where a card lets the judge prune: 0.",
         low=0, high=4096, kind=int,
     )  # fmt: skip
     k3: int = _setting(
@@ -158,6 +161,10 @@ class DeepPruneConfig:
     judge: str = _setting(
         "similarity", "Judge of trace pairs, NAME[:PATH]: similarity, encoder[:PATH], "
         "belief[:PATH], oracle:PATH, python:PKG.MOD:FACTORY (your own), none.", scope="server",
+    )  # fmt: skip
+    judge_card: str = _setting(
+        "", "What `eval-judge --card` wrote about this judge; unset: the card beside its weights. "
+        "Outside `paper` a judge prunes only where its card allows it.", scope="server",
     )  # fmt: skip
     judge_deadline_ms: int = _setting(
         10_000, "Milliseconds that a judge has for a batch; no verdict after that, and a restart.",
@@ -182,8 +189,13 @@ class DeepPruneConfig:
         scope="server", kind=bool,
     )  # fmt: skip
 
+    card_taus: tuple[tuple[str, float], ...] = _setting(
+        (), "Cuts at which the judge's card lets it prune, each with its calibrated tau.",
+        scope="derived", kind=tuple,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
-        for spec in fields(self):
+        for spec in setting_fields():
             value = getattr(self, spec.name)
             if value is not None:
                 object.__setattr__(self, spec.name, _checked(spec, value))
@@ -192,6 +204,20 @@ class DeepPruneConfig:
     def cut_kind(self) -> str:
         """'words' or 'tokens', after the preset had its say."""
         return self.cut or ("words" if self.preset == "paper" else "tokens")
+
+    @property
+    def cut_name(self) -> str:
+        """As evaluation and cards name it."""
+        return f"{self.cut_kind}:{self.cut_words if self.cut_kind == 'words' else self.cut_tokens}"
+
+    @property
+    def merge_tau(self) -> float:
+        """tau, after the judge's card had its say."""
+        if self.tau is not None:
+            return self.tau
+        if _PRESETS[self.preset].prunes:
+            return 0.5  # the paper's
+        return dict(self.card_taus).get(self.cut_name, 0.5)
 
     @property
     def is_lazy(self) -> bool:
@@ -210,8 +236,10 @@ class DeepPruneConfig:
 
     @property
     def prunes_by_judge(self) -> bool:
-        """`paper` always lets the judge prune; no other preset does before a card allows it."""
-        return _PRESETS[self.preset].prunes
+        """`paper` always lets the judge prune, `collect` never; the others where a card allows."""
+        if self.preset == "collect":
+            return False
+        return _PRESETS[self.preset].prunes or self.cut_name in dict(self.card_taus)
 
     @property
     def is_judged(self) -> bool:
@@ -220,6 +248,8 @@ class DeepPruneConfig:
 
     def kept_of_largest(self, size: int) -> int:
         """K2 for a group of `size` siblings."""
+        if self.k2 is None and _PRESETS[self.preset].prunes:
+            return 20
         return self.k2 or min(20, math.ceil(size / 4))
 
     def kept_of_singletons(self, size: int) -> int:
@@ -232,7 +262,7 @@ class DeepPruneConfig:
         changes: dict[str, Any] = {}
         for name, value in settings.items():
             if name not in known:
-                server = {key_of(f) for f in fields(self)}
+                server = {key_of(f) for f in setting_fields()}
                 why = "can only be set at server start" if name in server else "unknown setting"
                 raise ConfigError(name, f"{why}; a request may set {', '.join(sorted(known))}")
             changes[known[name].name] = value
@@ -247,6 +277,11 @@ class DeepPruneConfig:
         }
 
 
+def setting_fields() -> tuple[dataclasses.Field[Any], ...]:
+    """The fields that a user sets; each is one flag."""
+    return tuple(spec for spec in fields(DeepPruneConfig) if spec.metadata["scope"] != "derived")
+
+
 def key_of(spec: dataclasses.Field[Any]) -> str:
     """The name that users write for a field."""
     return spec.metadata["key"] or spec.name
@@ -254,11 +289,7 @@ def key_of(spec: dataclasses.Field[Any]) -> str:
 
 def request_fields() -> dict[str, dataclasses.Field[Any]]:
     """User-facing name -> field, for the settings that a request may override."""
-    return {
-        key_of(spec): spec
-        for spec in fields(DeepPruneConfig)
-        if spec.metadata["scope"] == "request"
-    }
+    return {key_of(spec): spec for spec in setting_fields() if spec.metadata["scope"] == "request"}
 
 
 def flag_of(spec: dataclasses.Field[Any]) -> str:
@@ -278,7 +309,7 @@ def settings_table() -> str:
         "| flag | in a request | default | range | what it does |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for spec in fields(DeepPruneConfig):
+    for spec in setting_fields():
         low, high = spec.metadata["low"], spec.metadata["high"]
         choices = spec.metadata["choices"]
         bounds = ", ".join(choices) if choices else "" if low is None else f"{low:g} to {high:g}"

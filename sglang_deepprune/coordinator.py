@@ -404,7 +404,7 @@ class Coordinator:
             traces=tuple(run.traces[index] for index in fresh),
             members=tuple(placed),
             clusters=tuple(tuple(cluster) for cluster in group.clusters),
-            tau=group.config.tau,
+            tau=group.config.merge_tau,
             max_clusters=group.config.k,
             num_compared=group.config.k1,
             seed=group.config.seed,
