@@ -26,7 +26,8 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
         fence = Fence()
         fence.warm_up()
         if config.judge != "none":
-            judge = JudgeWorker(config.judge, config.judge_deadline_ms / 1000)
+            deadline_s = config.judge_deadline_ms / 1000
+            judge = JudgeWorker(config.judge, deadline_s, device=config.judge_device)
             judge.start()
     tokenizer = scheduler.tokenizer
 

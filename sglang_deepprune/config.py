@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
@@ -160,7 +161,12 @@ class DeepPruneConfig:
     )
     judge: str = _setting(
         "similarity", "Judge of trace pairs, NAME[:PATH]: similarity, encoder[:PATH], "
-        "belief[:PATH], oracle:PATH, python:PKG.MOD:FACTORY (your own), none.", scope="server",
+        "belief[:PATH], llm:PATH, remote:URL, oracle:PATH, python:PKG.MOD:FACTORY (yours), none.",
+        scope="server",
+    )  # fmt: skip
+    judge_device: str = _setting(
+        "cpu", "Where a judge's model runs: 'cpu', or 'cuda:N' with memory that you left free "
+        "(--mem-fraction-static, or a card of its own).", scope="server",
     )  # fmt: skip
     judge_card: str = _setting(
         "", "What `eval-judge --card` wrote about this judge; unset: the card beside its weights. "
@@ -199,6 +205,8 @@ class DeepPruneConfig:
             value = getattr(self, spec.name)
             if value is not None:
                 object.__setattr__(self, spec.name, _checked(spec, value))
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.judge_device):
+            raise ConfigError("judge_device", f"expected cpu or cuda:N, got {self.judge_device!r}")
 
     @property
     def cut_kind(self) -> str:

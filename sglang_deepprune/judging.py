@@ -26,10 +26,11 @@ import numpy as np
 
 from sglang_deepprune.child import Child
 from sglang_deepprune.clustering import JudgeError, place
-from sglang_deepprune.judges import OWN, load_judge
+from sglang_deepprune.judges import OWN, is_remote_model, load_judge
 from sglang_deepprune.types import JudgeResult, JudgeTask, Pair
 
 LOAD_LIMIT_S = 120.0
+DOWNLOAD_LIMIT_S = 3600.0  # of a model that the hub has to send first
 _MAX_WAITING = 1024  # tasks; beyond it the server asks more than any judge can answer
 _MAX_BATCH_CHARS = 1_000_000  # bounds what one poll pickles on the scheduler's thread
 _BUDGET_SHARE = 0.5  # of the deadline, after which the child starts no further task of a batch
@@ -79,13 +80,16 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: raised at {Path(frame.filename).name}:{frame.lineno}"
 
 
-def child_env(spec: str) -> dict[str, str]:
-    """One thread, no network; and no GPU, except for a judge of your own, which may want one."""
+def child_env(spec: str, device: str = "cpu") -> dict[str, str]:
+    """One thread; no network but for a judge that lies there; and no GPU but the one that was given
+    to the judge. A judge of your own sees them all: it may want one."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    env = dict.fromkeys(threads, "1") | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    env = dict.fromkeys(threads, "1") | {"TOKENIZERS_PARALLELISM": "false"}
+    if not is_remote_model(spec):
+        env["HF_HUB_OFFLINE"] = "1"
     if spec.partition(":")[0] != OWN:
         # A CUDA context would take memory that the server has given to its KV cache.
-        env["CUDA_VISIBLE_DEVICES"] = ""
+        env["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device.partition(":")[2] or "0"
     return env
 
 
@@ -100,14 +104,17 @@ class JudgeWorker:
         *,
         factory: str = "sglang_deepprune.judging:make_worker",
         backoff_s: float = _FIRST_BACKOFF_S,
-        load_limit_s: float = LOAD_LIMIT_S,
+        load_limit_s: float | None = None,
+        device: str = "cpu",
     ):
         self.spec = spec
         self.deadline_s = deadline_s
         self.max_restarts = max_restarts
         self.backoff_s = backoff_s
-        self.load_limit_s = load_limit_s
-        self._child = Child(factory, (spec, deadline_s * _BUDGET_SHARE), env=child_env(spec))
+        default_s = DOWNLOAD_LIMIT_S if is_remote_model(spec) else LOAD_LIMIT_S
+        self.load_limit_s = default_s if load_limit_s is None else load_limit_s
+        env = child_env(spec, device)
+        self._child = Child(factory, (spec, deadline_s * _BUDGET_SHARE), env=env)
         self._waiting: deque[JudgeTask] = deque()
         self._batch: list[JudgeTask] = []  # handed over
         self._forgotten: set[str] = set()  # groups of `_batch` that were dropped

@@ -1,4 +1,5 @@
 """`sglang-deepprune train-judge`: fits a belief judge to recorded traces. Seconds on one core.
+With `--base MODEL` it fine-tunes a causal LM instead (`lm_training.py`).
 
 The softmax over candidates is a conditional logit (L-BFGS, L2); every trace is shown at every cut.
 The pair head is a logistic regression on pairs of beliefs that were made *out of fold* (questions
@@ -17,11 +18,20 @@ from typing import Any
 
 import numpy as np
 
+from sglang_deepprune import lm_recipe as recipes
 from sglang_deepprune.answers import canonical, compare
 from sglang_deepprune.judges import belief as judge
 from sglang_deepprune.judges.candidates import NUM_FEATURES, Candidates
 from sglang_deepprune.pairs import same_answer
-from sglang_deepprune.traces import CUTS, Question, TraceFileError, load, truncate
+from sglang_deepprune.traces import (
+    CUTS,
+    CutError,
+    Question,
+    TraceFileError,
+    load,
+    parse_cut,
+    truncate,
+)
 
 _L2 = 30.0
 _PAIRS_A_QUESTION = 200  # at one cut
@@ -194,17 +204,27 @@ def describe(path: str, questions: Sequence[Question], seed: int) -> dict[str, A
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sglang-deepprune train-judge", description=__doc__)
     parser.add_argument("--traces", required=True, help="recorded traces, JSONL or .gz")
-    parser.add_argument("--output", required=True, help="the JSON that belief:PATH loads")
+    parser.add_argument("--output", required=True, help="what belief:PATH or llm:PATH loads")
     parser.add_argument("--seed", type=int, default=0)
+    recipes.add_arguments(parser)
     args = parser.parse_args(argv)
     try:
         questions = load(args.traces)
+        if args.base:
+            parse_cut(args.cut)
+            return _train_lm(args, questions)
         readings = read_all(questions, folds_of(questions, args.seed))
         weights = fit(readings, args.seed)
-    except (TraceFileError, TrainingError) as error:
+    except (TraceFileError, CutError, TrainingError) as error:
         print(f"sglang-deepprune train-judge: {error}", file=sys.stderr)
         return 2
     judge.save_weights(args.output, weights, describe(args.traces, questions, args.seed))
     kinds = " and ".join(weights)
     print(f"{len(questions)} questions, {len(readings)} readings of {kinds}: {args.output}")
     return 0
+
+
+def _train_lm(args: argparse.Namespace, questions: Sequence[Question]) -> int:
+    from sglang_deepprune import lm_training  # torch and transformers: not for a belief judge
+
+    return lm_training.run(args, questions)

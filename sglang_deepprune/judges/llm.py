@@ -1,0 +1,155 @@
+"""A causal language model as judge, zero-shot or fine-tuned (the paper's, section 4.1).
+
+It reads instruction, problem and both truncated traces, and says "the same answer" by the
+probability of its label token: softmax over the two labels' logits after the last token. Loaded by
+plain transformers from a folder, a GGUF file or a hub name, never with code of its own. All prompts
+of a call are packed: what they share is computed once (`packed.py`), and only the labels' rows of
+the LM head are multiplied with the last tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from sglang_deepprune.judges.lm_prompt import Prompt, PromptWriter, load_settings
+from sglang_deepprune.types import Pair
+
+_BATCH_TOKENS = 8192  # of one forward pass; bounds its memory
+_CHECK_TOLERANCE = 1e-3
+
+
+class LLMJudge:
+    """See the module. NaN: a trace without text."""
+
+    name = "llm"
+
+    def __init__(self, path: str, device: str | None = None) -> None:
+        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+        self.model, tokenizer = load_model(path, device)
+        limit = int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
+        folder = path if Path(path).is_dir() else None
+        self.prompts = PromptWriter(tokenizer, load_settings(folder), limit)
+        self.head = LabelHead(self.model, self.prompts.label_ids)
+        self.tokens_read = 0  # by the model, shared prefixes once
+
+    def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """[num_pairs] float32; see `Judge.score`."""
+        scores = np.full(len(pairs), np.nan, dtype=np.float32)
+        readable = [
+            place for place, pair in enumerate(pairs)
+            if pair.left.text.strip() and pair.right.text.strip()
+        ]  # fmt: skip
+        if readable:
+            found = self.score_prompts(self.prompts.write([pairs[i] for i in readable]))
+            scores[readable] = found
+        return scores
+
+    @torch.inference_mode()
+    def score_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """[num_prompts] float32 P(same answer): padded batches, sorted by length."""
+        rows = [torch.tensor((*one.prefix, *one.rest)) for one in prompts]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found = np.zeros(len(rows), dtype=np.float32)
+        for batch in _batches(order, [len(row) for row in rows]):
+            found[batch] = self._forward([rows[i] for i in batch])
+        return found
+
+    def _forward(self, rows: Sequence[torch.Tensor]) -> np.ndarray:
+        """[num_rows] P(same) of whole prompts, padded on the right."""
+        device = self.model.device
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
+        mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).to(device)
+        hidden = self.head.hidden(ids, mask)
+        self.tokens_read += int(lengths.sum())
+        last = hidden[torch.arange(len(rows)), lengths - 1]
+        return self.head.probability(last).cpu().numpy()
+
+
+class LabelHead:
+    """The labels' rows of the LM head. Checked against the model's own logits once, when it loads:
+    a model that scales or caps its logits in some way of its own takes the whole head."""
+
+    def __init__(self, model: Any, label_ids: tuple[int, int]):
+        self.model = model
+        self.label_ids = list(label_ids)
+        head = model.get_output_embeddings()
+        self.weight = head.weight[self.label_ids]  # [2, hidden]
+        bias = getattr(head, "bias", None)
+        self.bias = None if bias is None else bias[self.label_ids]
+        self._is_plain = self._agrees()
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[batch, length, hidden], after the final norm."""
+        out = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return out.last_hidden_state
+
+    def probability(self, last: torch.Tensor) -> torch.Tensor:
+        """[batch] float32 P(same) from the last tokens' [batch, hidden]."""
+        if not self._is_plain:
+            logits = self._whole(last)
+        else:
+            logits = torch.nn.functional.linear(last, self.weight, self.bias)
+        return torch.softmax(logits.float(), dim=-1)[:, 0]
+
+    def _whole(self, last: torch.Tensor) -> torch.Tensor:
+        """The labels' logits by way of all of them, with the cap that Gemma-like models have."""
+        logits = self.model.get_output_embeddings()(last)[:, self.label_ids]
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        scale = getattr(self.model.config, "logit_scale", None)
+        scaling = getattr(self.model.config, "logits_scaling", None)
+        logits = logits * scale if scale else logits / scaling if scaling else logits
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    @torch.inference_mode()
+    def _agrees(self) -> bool:
+        ids = torch.tensor([[*self.label_ids, self.label_ids[0]]], device=self.model.device)
+        own = self.model(input_ids=ids).logits[0, -1, self.label_ids].float()
+        last = self.hidden(ids, torch.ones_like(ids))[:, -1]
+        plain = torch.nn.functional.linear(last, self.weight, self.bias)[0].float()
+        if torch.allclose(own, plain, atol=_CHECK_TOLERANCE, rtol=_CHECK_TOLERANCE):
+            return True
+        whole = self._whole(last)[0].float()
+        if not torch.allclose(own, whole, atol=_CHECK_TOLERANCE, rtol=_CHECK_TOLERANCE):
+            name = type(self.model).__name__
+            raise ValueError(f"{name} makes its logits in a way that this judge does not know")
+        return False
+
+
+def load_model(path: str, device: str | None = None) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) from a folder, a GGUF file or a hub name."""
+    logging.disable_progress_bar()  # this process shares the server's terminal
+    place = Path(path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # On a CPU half precision is slower and rounds more than the pairs differ.
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    source, options = path, {}
+    if place.is_file():
+        source, options = str(place.parent), {"gguf_file": place.name}
+    local = place.exists()
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, local_files_only=local, trust_remote_code=False, **options
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        source, local_files_only=local, trust_remote_code=False, dtype=dtype, **options
+    )
+    return model.to(device).eval(), tokenizer
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Cuts `order` (ascending lengths) so that no padded batch exceeds `_BATCH_TOKENS`."""
+    batches: list[list[int]] = []
+    for place in order:
+        if batches and (len(batches[-1]) + 1) * lengths[place] <= _BATCH_TOKENS:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches

@@ -1,0 +1,173 @@
+"""A judge model on a second SGLang server, asked over `/v1/score` with token ids.
+
+`remote:URL` or `remote:URL,TOKENIZER`. The ids are those of `llm.py` (`lm_prompt.py`), so the
+scores are too; pairs that share a prefix are one request, and the server's radix cache keeps it.
+The tokenizer is the one that the server names, if it is readable here, else TOKENIZER (a folder or
+a hub name). TLS certificates are verified, redirects are not followed, and the API key comes from
+the environment variable DEEPPRUNE_JUDGE_API_KEY.
+
+A request that fails is tried again with a back-off. When several in a row have failed the circuit
+opens: for a while nothing is sent and every call fails at once, which prunes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from sglang_deepprune.clustering import JudgeError
+from sglang_deepprune.judges.lm_prompt import Prompt, PromptWriter, load_settings
+from sglang_deepprune.types import Pair
+
+KEY_VARIABLE = "DEEPPRUNE_JUDGE_API_KEY"
+_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+_AT_ONCE = 8
+_MOST_BYTES = 16 << 20  # of a reply
+
+
+class Circuit:
+    """Closed: requests pass. Open: none does until `pause_s` are over; then one failure opens it
+    again."""
+
+    def __init__(
+        self, limit: int = 3, pause_s: float = 30.0, clock: Callable[[], float] = time.monotonic
+    ):
+        self.limit = limit
+        self.pause_s = pause_s
+        self.clock = clock
+        self._failures = 0  # in a row
+        self._opened_s = -math.inf
+
+    @property
+    def is_open(self) -> bool:
+        return self.clock() - self._opened_s < self.pause_s
+
+    def failed(self) -> None:
+        self._failures += 1
+        if self._failures >= self.limit:
+            self._opened_s = self.clock()
+
+    def succeeded(self) -> None:
+        self._failures = 0
+        self._opened_s = -math.inf
+
+
+class RemoteJudge:
+    """See the module. NaN: a trace without text."""
+
+    name = "remote"
+
+    def __init__(
+        self, target: str, *, timeout_s: float = 5.0, retries: int = 2, backoff_s: float = 0.2,
+        circuit: Circuit | None = None,
+    ):  # fmt: skip
+        url, _, tokenizer = target.partition(",")
+        self.url = url.rstrip("/")
+        self.timeout_s = timeout_s
+        self.retries = retries
+        self.backoff_s = backoff_s
+        self.circuit = circuit or Circuit()
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        info = self._send("/get_model_info")
+        limit = self._send("/get_server_info").get("context_length") or 1 << 30
+        self.prompts = _writer(tokenizer or str(info.get("tokenizer_path", "")), int(limit))
+        self._pool = ThreadPoolExecutor(_AT_ONCE)
+
+    def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """[num_pairs] float32; see `Judge.score`. Raises `JudgeError` when the server does not
+        answer or the circuit is open."""
+        scores = np.full(len(pairs), np.nan, dtype=np.float32)
+        readable = [
+            place for place, pair in enumerate(pairs)
+            if pair.left.text.strip() and pair.right.text.strip()
+        ]  # fmt: skip
+        if readable:
+            prompts = self.prompts.write([pairs[place] for place in readable])
+            scores[readable] = self.score_prompts(prompts)
+        return scores
+
+    def score_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """[num_prompts] float32 P(same answer)."""
+        if self.circuit.is_open:
+            raise JudgeError("the judge's server has failed several times; it has a pause")
+        by_prefix: dict[tuple[int, ...], list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            by_prefix.setdefault(prompt.prefix, []).append(place)
+        scores = np.zeros(len(prompts), dtype=np.float32)
+        try:
+            replies = self._pool.map(
+                lambda entry: self._ask(entry[0], [prompts[i].rest for i in entry[1]]),
+                by_prefix.items(),
+            )
+            for places, found in zip(by_prefix.values(), replies, strict=True):
+                scores[places] = found
+        except JudgeError:
+            self.circuit.failed()
+            raise
+        self.circuit.succeeded()
+        return scores
+
+    def _ask(self, prefix: Sequence[int], rests: Sequence[Sequence[int]]) -> list[float]:
+        """P(same) of each rest after the prefix. `OpenAIServingScore.handle` answers."""
+        reply = self._send("/v1/score", {
+            "query": list(prefix), "items": [list(rest) for rest in rests],
+            "label_token_ids": list(self.prompts.label_ids), "apply_softmax": True,
+            "model": "default",
+        })  # fmt: skip
+        try:
+            found = [float(same) for same, _ in reply["scores"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise JudgeError("the judge's server replied with no scores") from error
+        if len(found) != len(rests) or not all(0 <= one <= 1 for one in found):
+            raise JudgeError("the judge's server replied with something that is no probability")
+        return found
+
+    def _send(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """A JSON reply. Raises `JudgeError`; its text holds no part of a request."""
+        headers = {"Content-Type": "application/json"}
+        key = os.environ.get(KEY_VARIABLE)
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.backoff_s * 2 ** (attempt - 1))
+            request = urllib.request.Request(self.url + path, data, headers)
+            try:
+                with self._opener.open(request, timeout=self.timeout_s) as reply:
+                    return json.loads(reply.read(_MOST_BYTES))
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code}"
+                if error.code not in _AGAIN:
+                    break
+            except (OSError, ValueError) as error:
+                reason = type(error).__name__
+        raise JudgeError(f"the judge's server does not answer {path}: {reason}")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key and the traces to another host."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+def _writer(source: str, max_tokens: int) -> PromptWriter:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise JudgeError(
+            "the tokenizer of the judge's server is not readable here; use remote:URL,TOKENIZER"
+        ) from error
+    return PromptWriter(tokenizer, load_settings(source), max_tokens)

