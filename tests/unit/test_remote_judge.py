@@ -83,12 +83,12 @@ def traces(count: int) -> list[Trace]:
 def test_pairs_with_one_prefix_are_one_request(fake: Fake):
     judge = RemoteJudge(fake.url)
     a, b, c, d = traces(4)
-    scores = judge.score([Pair(a, b), Pair(c, a), Pair(b, d), Pair(a, d)])
+    scores = judge.score([Pair(d, b), Pair(c, d), Pair(b, a), Pair(a, d)])
     assert len(fake.asked) == 2
     shared = max(fake.asked, key=lambda body: len(body["items"]))
     assert len(shared["items"]) == 3 and shared["label_token_ids"] == list(judge.prompts.label_ids)
     wanted = [1 / len(p.rest) for p in judge.prompts.write(
-        [Pair(a, b), Pair(c, a), Pair(b, d), Pair(a, d)])]  # fmt: skip
+        [Pair(d, b), Pair(c, d), Pair(b, a), Pair(a, d)])]  # fmt: skip
     assert scores == pytest.approx(wanted, abs=1e-6)
 
 
