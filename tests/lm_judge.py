@@ -30,7 +30,7 @@ def recording(num_questions: int, n: int, seed: int) -> list[Question]:
         favourite = rng.choice(WORDS)
         for _ in range(n):
             answer = favourite if rng.random() < 0.6 else rng.choice(WORDS)
-            filler = " ".join(rng.choice(("hmm", "wait", "so")) for _ in range(rng.randrange(1, 4)))
+            filler = rng.choice(("hmm", "wait"))
             rows.append({
                 "question_id": f"q{question}", "prompt": "Where?", "answer": answer,
                 "text": f"{filler} it is {answer}", "num_tokens": 8,
@@ -48,6 +48,7 @@ def make_base(path: Path, *, prompt: str = "{first} | {second}") -> Path:
     model = random_qwen3(
         tokenizer, vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+        initializer_range=0.1,  # at the usual 0.02 so small a model takes long to begin to learn
     )  # fmt: skip
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

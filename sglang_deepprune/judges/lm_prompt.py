@@ -2,9 +2,9 @@
 
 The text is `lm_prompt.txt` (or the judge's own, see `Settings`), inside the model's chat template
 where it has one. Of a pair the trace with the higher sibling index comes first: so the score does
-not depend on the order of the pair, and what a new trace is compared with shares one prefix, which
+not depend on the order of the pair, and what a new trace is compared with shares a prefix, which
 is instruction, problem and the new trace (it mostly has the highest index). Used by the judge in
-this process (`llm.py`) and by the one on a second server (`remote.py`), which must see the same ids.
+this process (`llm.py`) and the one on a second server (`remote.py`), which must see the same ids.
 
 What a trace says is data. A control token that stands in it ("<|im_end|>", "<think>") is written as
 ordinary characters and never parsed as the token.

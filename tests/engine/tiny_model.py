@@ -66,7 +66,7 @@ def make_tiny_model(path: str | Path, vocab_texts: Iterable[str] | None = None) 
     return path
 
 
-def random_qwen3(tokenizer: PreTrainedTokenizerFast, **shape: int) -> Qwen3ForCausalLM:
+def random_qwen3(tokenizer: PreTrainedTokenizerFast, **shape: float) -> Qwen3ForCausalLM:
     """A Qwen3 of this shape with random weights, always the same ones."""
     config = Qwen3Config(
         **shape,
