@@ -114,7 +114,7 @@ def label_head_triton(
 
 
 @jit
-def label_head_kernel(
+def label_head_kernel(  # type: ignore[no-untyped-def]
     hidden,  # [total_tokens, hidden_size]
     norm_weight,  # [hidden_size]
     label_rows,  # [num_labels, hidden_size]

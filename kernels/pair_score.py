@@ -143,7 +143,7 @@ def block_columns(width: int) -> int:
 
 
 @jit
-def pair_score_kernel(
+def pair_score_kernel(  # type: ignore[no-untyped-def]
     rows,  # [n, width]
     pairs,  # [num_pairs, 2] int32
     segments,  # [num_segments + 1] int32

@@ -23,7 +23,7 @@ from sglang_deepprune.kernels.launch import jit, runs_triton, tl
 from sglang_deepprune.kernels.prefix_tree import TILE_FIELDS, PrefixTree
 
 HEAD_DIMS = (64, 128)
-REFERENCE_ROWS = 256
+REFERENCE_ROWS = 128
 LOG2_E = 1 / math.log(2)
 
 
@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
     """Sizes of one launch."""
 
     rows: int  # of scores: a tile's tokens times the query heads of one KV head
-    keys: int
+    keys: int  # in one step of the online softmax
     warps: int
     stages: int
 
@@ -169,12 +169,17 @@ def prefix_attention_triton(
     v: torch.Tensor,
     tree: PrefixTree,
     scale: float | None = None,
+    *,
+    blocks: Blocks | None = None,
 ) -> torch.Tensor:
-    """The kernel, one program a tile of rows and KV head; see `prefix_attention`."""
+    """The kernel, one program a tile of rows and KV head; see `prefix_attention`.
+
+    `blocks` is for benchmarks: None takes `choose_blocks`.
+    """
     skipped = _rows_without_queries(q, k, tree)
     num_heads, num_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     group = num_heads // num_kv_heads
-    blocks = choose_blocks(head_dim, q.dtype)
+    blocks = blocks or choose_blocks(head_dim, q.dtype)
     tile_tokens = blocks.rows // group
     tiles = tree.tiles(tile_tokens)
     if skipped:
@@ -206,10 +211,13 @@ def prefix_attention_triton(
 
 
 def choose_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
-    """Sizes at which no target spills and two blocks fit a multiprocessor."""
+    """Sizes at which nothing spills and two blocks fit a multiprocessor, from sm_80 to sm_100.
+
+    Chosen from compilers' figures (`make kernels-report`), not from a card's.
+    """
     if dtype == torch.float32:
-        return Blocks(rows=32, keys=32, warps=4, stages=1)
-    return Blocks(rows=128, keys=64, warps=8, stages=2)
+        return Blocks(rows=32, keys=32 if head_dim <= 64 else 16, warps=8, stages=1)
+    return Blocks(rows=64, keys=64, warps=4, stages=2)
 
 
 def _rows_without_queries(q: torch.Tensor, k: torch.Tensor, tree: PrefixTree) -> int:
@@ -225,7 +233,7 @@ def _rows_without_queries(q: torch.Tensor, k: torch.Tensor, tree: PrefixTree) ->
 
 
 @jit
-def attend_block(
+def attend_block(  # type: ignore[no-untyped-def]
     query,  # [ROWS, HEAD_DIM]
     k,  # pointer to the head's first key
     v,
@@ -246,14 +254,10 @@ def attend_block(
     """One block of keys into the online softmax; without MASKED all rows see all keys."""
     column = tl.arange(0, HEAD_DIM)[None, :]
     keys = start + tl.arange(0, KEYS)
-    at = keys.to(tl.int64)[:, None]
-    if MASKED:
-        exists = (keys < stop)[:, None]
-        key = tl.load(k + at * k_row_stride + column, mask=exists, other=0.0)
-        value = tl.load(v + at * v_row_stride + column, mask=exists, other=0.0)
-    else:
-        key = tl.load(k + at * k_row_stride + column)
-        value = tl.load(v + at * v_row_stride + column)
+    # Past the end the last key is read again and then not seen: cheaper than a masked load.
+    at = (tl.minimum(keys, stop - 1) if MASKED else keys).to(tl.int64)[:, None]
+    key = tl.load(k + at * k_row_stride + column)
+    value = tl.load(v + at * v_row_stride + column)
     score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
     if MASKED:
         seen = (keys[None, :] >= lowest) & (keys[None, :] <= highest)
@@ -268,7 +272,7 @@ def attend_block(
 
 
 @jit
-def prefix_attention_kernel(
+def prefix_attention_kernel(  # type: ignore[no-untyped-def]
     q,
     k,
     v,
