@@ -57,8 +57,8 @@ def label_head(
     Everything is computed in float32, whatever the inputs: the normed state is not rounded to
     bfloat16 on its way into the product, as it is in a model's own forward.
 
-    Work for B prompts, hidden size h, L labels, e bytes a value: `B h (2 L + 4)` FLOPs and
-    `e h (B + L + 1) + 4 B (L + 1)` bytes, so about (2 L + 4) / e = 4 FLOPs a byte at L = 2 in
+    Work for B prompts, hidden size h, L labels, e bytes a value: `B h (2 L + 3)` FLOPs and
+    `e h (B + L + 1) + 4 B (L + 1)` bytes, so about (2 L + 3) / e = 3.5 FLOPs a byte at L = 2 in
     bfloat16, far left of the ridge (about 295 on an H100): bound by memory, or rather by the
     launch. 4B judge (h = 2560), L = 2: B = 16 moves 97 kB and B = 512 moves 2.6 MB, 0.03 us and
     0.8 us at 3.35 TB/s. The [512, 151936] bfloat16 logits that it replaces are 156 MB, and the

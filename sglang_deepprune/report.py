@@ -22,6 +22,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = (
     "torch",
     "triton",
+    "flashinfer-python",
     "sglang",
     "sglang_deepprune",
     "transformers",
