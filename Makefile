@@ -7,7 +7,8 @@ STAMP := .venv/.set-up
 # torch's threads spin: more than one per process starves the server on a small machine.
 CPU_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: venv demo test test-full lint format bench bench-frontier bench-serving dist-check clean
+.PHONY: venv demo test test-full lint format bench bench-frontier bench-serving kernels-report \
+	bench-kernels dist-check clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -50,6 +51,14 @@ bench-frontier: venv
 # A few hours on an otherwise idle machine; it goes on where it stopped.
 bench-serving: venv
 	$(CPU_ENV) $(BIN)/python -m benchmarks.serving --json benchmarks/results/serving.json
+
+# Registers, spills and shared memory of each kernel, for three targets; needs no GPU.
+kernels-report: venv
+	$(CPU_ENV) $(BIN)/python -m benchmarks.kernels_report --json benchmarks/results/kernels_report.json
+
+# Needs a GPU.
+bench-kernels: venv
+	$(BIN)/python -m benchmarks.bench_kernels --json benchmarks/results/bench_kernels.json
 
 dist-check: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/dist_check.sh

@@ -19,7 +19,16 @@ from typing import Any
 Row = dict[str, Any]
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "sglang", "sglang_deepprune", "transformers", "sympy", "math-verify")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "flashinfer-python",
+    "sglang",
+    "sglang_deepprune",
+    "transformers",
+    "sympy",
+    "math-verify",
+)
 
 
 def print_table(rows: list[Row], title: str) -> None:

@@ -1,0 +1,38 @@
+"""Where a kernel runs: compiled on CUDA, in Triton's interpreter if asked, elsewhere not at all.
+
+The one place that imports triton. Without it the kernels stay plain functions that nobody calls,
+and every dispatcher takes its PyTorch reference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch brings no triton
+    triton = tl = None
+
+__all__ = ["jit", "next_power_of_2", "runs_triton", "tl"]
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit` where there is triton."""
+    return function if triton is None else triton.jit(function)
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether a kernel on this tensor is launched, rather than its reference called."""
+    if triton is None:
+        return False
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def next_power_of_2(number: int) -> int:
+    """The side of a Triton block that holds `number` entries."""
+    return 1 << max(0, number - 1).bit_length()
