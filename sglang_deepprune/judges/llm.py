@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from sglang_deepprune.judges.lm_prompt import Prompt, PromptWriter, load_settings
+from sglang_deepprune.judges.packed import Packed
 from sglang_deepprune.types import Pair
 
 _BATCH_TOKENS = 8192  # of one forward pass; bounds its memory
@@ -38,7 +39,9 @@ class LLMJudge:
         folder = path if Path(path).is_dir() else None
         self.prompts = PromptWriter(tokenizer, load_settings(folder), limit)
         self.head = LabelHead(self.model, self.prompts.label_ids)
-        self.tokens_read = 0  # by the model, shared prefixes once
+        self._padded_tokens = 0
+        label_ids = self.prompts.label_ids
+        self.packed = Packed.of(self.model, label_ids, _BATCH_TOKENS, self.score_padded)
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """[num_pairs] float32; see `Judge.score`."""
@@ -52,9 +55,21 @@ class LLMJudge:
             scores[readable] = found
         return scores
 
-    @torch.inference_mode()
+    @property
+    def tokens_read(self) -> int:
+        """By the model so far; a shared prefix counts once a pass, padding does not."""
+        return self._padded_tokens + (self.packed.tokens_read if self.packed else 0)
+
     def score_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """[num_prompts] float32 P(same answer): padded batches, sorted by length."""
+        """[num_prompts] float32 P(same answer)."""
+        if self.packed is None or not self.packed.fits(prompts):
+            return self.score_padded(prompts)
+        found: np.ndarray = self.packed.probabilities(prompts).numpy()
+        return found
+
+    @torch.inference_mode()
+    def score_padded(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """The same the ordinary way: padded batches, sorted by length, nothing shared."""
         rows = [torch.tensor((*one.prefix, *one.rest)) for one in prompts]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found = np.zeros(len(rows), dtype=np.float32)
@@ -69,7 +84,7 @@ class LLMJudge:
         ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
         mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).to(device)
         hidden = self.head.hidden(ids, mask)
-        self.tokens_read += int(lengths.sum())
+        self._padded_tokens += int(lengths.sum())
         last = hidden[torch.arange(len(rows)), lengths - 1]
         return self.head.probability(last).cpu().numpy()
 

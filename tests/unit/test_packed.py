@@ -1,0 +1,118 @@
+"""Packed passes of a causal LM give the scores of ordinary ones, and read what is shared once."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sglang_deepprune.judges.llm import LLMJudge
+from sglang_deepprune.judges.lm_prompt import Prompt
+from sglang_deepprune.judges.packed import passes
+from tests import lm_judge
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory) -> LLMJudge:
+    found = LLMJudge(str(lm_judge.make_base(tmp_path_factory.mktemp("base"))))
+    assert found.packed is not None
+    return found
+
+
+def forest(seed: int, families: list[list[int]], longest_prefix: int) -> list[Prompt]:
+    rng = random.Random(seed)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(512) for _ in range(count))
+
+    found = []
+    for rests in families:
+        prefix = ids(rng.randrange(1, longest_prefix + 1))
+        found += [Prompt(prefix, ids(rest)) for rest in rests]
+    rng.shuffle(found)
+    return found
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 10**6),
+    families=st.lists(st.lists(st.integers(1, 90), max_size=6), min_size=1, max_size=5).filter(any),
+    pass_tokens=st.sampled_from([1, 100, 8192]),
+)
+def test_scores_are_those_of_ordinary_passes(judge: LLMJudge, seed, families, pass_tokens):
+    prompts = forest(seed, families, 120)
+    packed = judge.packed
+    assert packed is not None
+    packed.pass_tokens = pass_tokens
+    try:
+        assert judge.score_prompts(prompts) == pytest.approx(judge.score_padded(prompts), abs=1e-5)
+    finally:
+        packed.pass_tokens = 8192
+
+
+def test_a_shared_prefix_is_read_once(judge: LLMJudge):
+    prompts = forest(1, [[10, 20, 30], [5]], 200)
+    before = judge.tokens_read
+    judge.score_prompts(prompts)
+    shared = {one.prefix for one in prompts}
+    wanted = sum(map(len, shared)) + sum(len(one.rest) for one in prompts)
+    assert judge.tokens_read - before == wanted
+
+
+def test_passes_hold_every_prompt_once_and_keep_to_their_size():
+    prompts = forest(3, [[40] * 9, [7, 90], [300], [1]], 60)
+    seen = []
+    for families in passes(prompts, 200):
+        size = sum(len(prefix) + sum(len(prompts[i].rest) for i in places)
+                   for prefix, places in families)  # fmt: skip
+        count = sum(len(places) for _, places in families)
+        assert size <= 200 or count == 1
+        assert all(prompts[i].prefix == prefix for prefix, places in families for i in places)
+        seen += [i for _, places in families for i in places]
+    assert sorted(seen) == list(range(len(prompts)))
+
+
+def test_long_prompts_agree_too(tmp_path: Path):
+    import json
+
+    lm_judge.make_base(tmp_path)
+    config = tmp_path / "config.json"
+    body = json.loads(config.read_text()) | {"max_position_embeddings": 8192}
+    config.write_text(json.dumps(body))
+    judge = LLMJudge(str(tmp_path))
+    prompts = forest(5, [[3000, 1], [700]], 4096)
+    assert judge.score_prompts(prompts) == pytest.approx(judge.score_padded(prompts), abs=1e-5)
+
+
+def test_a_model_that_cannot_be_packed_is_asked_the_ordinary_way(tmp_path: Path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tests.engine.tiny_model import make_tokenizer
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=512, n_positions=512, n_embd=32, n_layer=1, n_head=2)
+    ).save_pretrained(tmp_path)
+    make_tokenizer(["Yes", "No"]).save_pretrained(tmp_path)
+    judge = LLMJudge(str(tmp_path))
+    assert judge.packed is None
+    scores = judge.score(lm_judge.pairs(1)[0])
+    assert np.isfinite(scores).all()
+
+
+def test_a_prompt_beyond_the_sliding_window_is_not_packed(judge: LLMJudge):
+    packed = judge.packed
+    assert packed is not None
+    packed.window = 50
+    try:
+        assert packed.fits(forest(1, [[1]], 20))
+        assert not packed.fits(forest(1, [[60]], 20))
+    finally:
+        packed.window = 1 << 30
