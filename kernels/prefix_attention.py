@@ -182,11 +182,10 @@ def prefix_attention_triton(
     blocks = blocks or choose_blocks(head_dim, q.dtype)
     tile_tokens = blocks.rows // group
     tiles = tree.tiles(tile_tokens)
-    if skipped:
-        tiles = tiles[tree.num_prefix_tiles(tile_tokens) :]
+    first_tile = tree.num_prefix_tiles(tile_tokens) if skipped else 0
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if len(tiles):
-        prefix_attention_kernel[(len(tiles), num_kv_heads)](
+    if len(tiles) > first_tile:
+        prefix_attention_kernel[(len(tiles) - first_tile, num_kv_heads)](
             q,
             k,
             v,
@@ -194,6 +193,7 @@ def prefix_attention_triton(
             tiles,
             tree.segment_starts,
             (scale or head_dim**-0.5) * LOG2_E,
+            first_tile,
             skipped,
             *q.stride()[:2],
             *k.stride()[:2],
@@ -232,7 +232,7 @@ def _rows_without_queries(q: torch.Tensor, k: torch.Tensor, tree: PrefixTree) ->
     return len(k) - len(q)
 
 
-@jit
+@jit()
 def attend_block(  # type: ignore[no-untyped-def]
     query,  # [ROWS, HEAD_DIM]
     k,  # pointer to the head's first key
@@ -271,7 +271,7 @@ def attend_block(  # type: ignore[no-untyped-def]
     return total, weight, new_peak
 
 
-@jit
+@jit("first_tile", "skipped")
 def prefix_attention_kernel(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -280,6 +280,7 @@ def prefix_attention_kernel(  # type: ignore[no-untyped-def]
     tiles,  # [num_tiles, FIELDS] int32, see PrefixTree.tiles
     segment_starts,  # [total] int32
     scale_log2,  # scale of the scores, over log 2
+    first_tile,  # tile of the first program
     skipped,  # rows of k before the first row of q
     q_row_stride,
     q_head_stride,
@@ -295,7 +296,7 @@ def prefix_attention_kernel(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    tile = tiles + tl.program_id(0) * FIELDS
+    tile = tiles + (first_tile + tl.program_id(0)) * FIELDS
     first, end = tl.load(tile), tl.load(tile + 1)
     prefix_begin, prefix_end = tl.load(tile + 2), tl.load(tile + 3)
     own_begin, own_seen = tl.load(tile + 4), tl.load(tile + 5)
