@@ -24,7 +24,8 @@ from sglang_deepprune.kernels.launch import jit, runs_triton, tl
 from sglang_deepprune.kernels.prefix_tree import TILE_FIELDS, PrefixTree
 
 HEAD_DIMS = (64, 128)
-REFERENCE_ROWS = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCE_ROWS = 128  # of a call of SDPA; fewer cost calls, more cost products that a mask drops
 LOG2_E = 1 / math.log(2)
 
 
@@ -74,7 +75,8 @@ def prefix_attention(
 
     Note
     ----
-    The kernel takes head_dim 64 and 128; another head_dim takes the reference on any device.
+    The kernel takes head_dim 64 and 128, and as many query heads a KV head as a tile has rows (64,
+    or 32 in float32); anything else takes the reference on any device.
     float32 is computed as float32 (no TF32), bfloat16 and float16 accumulate in float32.
 
     Work, with H heads, G KV heads, head_dim D, e bytes a value, one prefix of p tokens and C
@@ -97,9 +99,7 @@ def prefix_attention(
     Bound by the tensor cores throughout. At p = c sharing saves a quarter of these FLOPs, and half
     of the rows of everything else that a layer does, and of its KV.
     """
-    # The interpreter multiplies bfloat16 by its bit patterns (Triton 3.6).
-    is_wrong = q.dtype == torch.bfloat16 and not q.is_cuda
-    if runs_triton(q) and q.shape[-1] in HEAD_DIMS and not is_wrong:
+    if _fits_kernel(q, k):
         return prefix_attention_triton(q, k, v, tree, scale)
     return prefix_attention_reference(q, k, v, tree, scale)
 
@@ -218,6 +218,14 @@ def choose_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
     if dtype == torch.float32:
         return Blocks(rows=32, keys=32 if head_dim <= 64 else 16, warps=8, stages=1)
     return Blocks(rows=64, keys=64, warps=4, stages=2)
+
+
+def _fits_kernel(q: torch.Tensor, k: torch.Tensor) -> bool:
+    # The interpreter multiplies bfloat16 by its bit patterns (Triton 3.6).
+    is_wrong = q.dtype == torch.bfloat16 and not q.is_cuda
+    if not runs_triton(q) or is_wrong or q.dtype not in DTYPES or q.shape[2] not in HEAD_DIMS:
+        return False
+    return q.shape[1] // k.shape[1] <= choose_blocks(q.shape[2], q.dtype).rows
 
 
 def _rows_without_queries(q: torch.Tensor, k: torch.Tensor, tree: PrefixTree) -> int:
