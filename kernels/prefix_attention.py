@@ -192,7 +192,7 @@ def prefix_attention_triton(
             out,
             tiles,
             tree.segment_starts,
-            (scale or head_dim**-0.5) * LOG2_E,
+            (head_dim**-0.5 if scale is None else scale) * LOG2_E,
             first_tile,
             skipped,
             *q.stride()[:2],

@@ -179,6 +179,8 @@ class TestEitherWay:
         assert got.is_contiguous()
         expected = naive(q * 0.3 * 64**0.5, k, v, tree)
         torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+        even = attend(q, k, v, tree, scale=0.0)
+        torch.testing.assert_close(even.double(), naive(0 * q, k, v, tree), atol=1e-5, rtol=1e-5)
 
     def test_scores_far_from_zero_do_not_overflow(self, device, attend):
         tree = on(device, MIXED)
