@@ -26,7 +26,6 @@ from sglang_deepprune.kernels.launch import next_power_of_2
 from sglang_deepprune.kernels.prefix_tree import TILE_FIELDS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GROUP = 4  # query heads a KV head: 32 and 8
 NUM_LABELS = 2
 EMBEDDING = 384
 
@@ -67,24 +66,25 @@ class Build:
     head_dim: int | None = None
 
 
-def builds(dtypes: list[str]) -> Iterator[Build]:
-    """Every kernel as its launcher calls it, at the shapes of a 4B judge."""
+def builds(dtypes: list[str], group: int) -> Iterator[Build]:
+    """Every kernel as its launcher calls it; `group` query heads share a KV head."""
     for dtype in dtypes:
         for head_dim in prefix_attention.HEAD_DIMS:
-            yield _attention(dtype, head_dim)
+            yield _attention(dtype, head_dim, group)
         yield _labels(dtype)
         for has_head in (False, True):
             yield _pairs(dtype, has_head)
 
 
-def _attention(dtype: str, head_dim: int) -> Build:
+def _attention(dtype: str, head_dim: int, group: int) -> Build:
     blocks = prefix_attention.choose_blocks(head_dim, DTYPES[dtype])
     constants = {
-        "GROUP": GROUP, "HEAD_DIM": head_dim, "ROWS": blocks.rows, "KEYS": blocks.keys,
+        "GROUP": group, "HEAD_DIM": head_dim, "ROWS": blocks.rows, "KEYS": blocks.keys,
         "FIELDS": TILE_FIELDS,
     }  # fmt: skip
     signature = dict.fromkeys("q k v out".split(), f"*{dtype}")
-    signature |= {"tiles": "*i32", "segment_starts": "*i32", "scale_log2": "fp32", "skipped": "i32"}
+    signature |= {"tiles": "*i32", "segment_starts": "*i32", "scale_log2": "fp32"}
+    signature |= {"first_tile": "i32", "skipped": "i32"}
     for name in "q k v out".split():
         signature |= {f"{name}_row_stride": "i32", f"{name}_head_stride": "i32"}
     function = prefix_attention.prefix_attention_kernel
@@ -151,6 +151,8 @@ def compile_for(build: Build, target: Target) -> Row:
         "spill_bytes": spills,
         "shared_bytes": shared,
         "tensor_columns": columns,
+        "matrix": matrix_instruction(compiled.asm["ptx"]),
+        "async_copies": compiled.asm["ptx"].count("cp.async.cg"),
         "blocks_per_sm": blocks_per_sm(target, build.warps, registers, shared, columns),
     }
 
@@ -173,6 +175,12 @@ def ptxas_says(ptx: str, capability: int) -> tuple[int, int]:
     return int(registers[0]), sum(map(int, spills))
 
 
+def matrix_instruction(ptx: str) -> str:
+    """Which tensor cores the kernel uses, by the name of their instruction; empty: none."""
+    found = re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)
+    return found[0] if found else ""
+
+
 def blocks_per_sm(target: Target, warps: int, registers: int, shared: int, columns: int) -> int:
     """How many blocks a multiprocessor holds at once."""
     units = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
@@ -190,11 +198,12 @@ def blocks_per_sm(target: Target, warps: int, registers: int, shared: int, colum
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--group", type=int, default=4, help="query heads a KV head, of attention")
     parser.add_argument("--kernels", nargs="+", help="only those whose name begins so")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     chosen = [
-        build for build in builds(args.dtypes)
+        build for build in builds(args.dtypes, args.group)
         if not args.kernels or build.kernel.startswith(tuple(args.kernels))
     ]  # fmt: skip
     rows = [compile_for(build, target) for build in chosen for target in TARGETS]

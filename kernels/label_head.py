@@ -113,7 +113,7 @@ def label_head_triton(
     return out
 
 
-@jit
+@jit()
 def label_head_kernel(  # type: ignore[no-untyped-def]
     hidden,  # [total_tokens, hidden_size]
     norm_weight,  # [hidden_size]

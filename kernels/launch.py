@@ -21,9 +21,19 @@ except ImportError:  # a CPU build of torch brings no triton
 __all__ = ["jit", "next_power_of_2", "runs_triton", "tl"]
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit` where there is triton."""
-    return function if triton is None else triton.jit(function)
+def jit(*do_not_specialize: str) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit` where there is triton.
+
+    Triton compiles anew for an integer that is 1, or divides by 16, or does not. The arguments
+    named here change from batch to batch, and must not stop a server for that.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if triton is None:
+            return function
+        return triton.jit(function, do_not_specialize=list(do_not_specialize))
+
+    return decorate
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

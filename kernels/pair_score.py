@@ -142,7 +142,7 @@ def block_columns(width: int) -> int:
     return min(MAX_BLOCK_COLUMNS, next_power_of_2(width))
 
 
-@jit
+@jit()
 def pair_score_kernel(  # type: ignore[no-untyped-def]
     rows,  # [n, width]
     pairs,  # [num_pairs, 2] int32

@@ -24,7 +24,8 @@ from sglang_deepprune.kernels.launch import jit, runs_triton, tl
 from sglang_deepprune.kernels.prefix_tree import TILE_FIELDS, PrefixTree
 
 HEAD_DIMS = (64, 128)
-REFERENCE_ROWS = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCE_ROWS = 128  # of a call of SDPA; fewer cost calls, more cost products that a mask drops
 LOG2_E = 1 / math.log(2)
 
 
@@ -74,7 +75,8 @@ def prefix_attention(
 
     Note
     ----
-    The kernel takes head_dim 64 and 128; another head_dim takes the reference on any device.
+    The kernel takes head_dim 64 and 128, and as many query heads a KV head as a tile has rows (64,
+    or 32 in float32); anything else takes the reference on any device.
     float32 is computed as float32 (no TF32), bfloat16 and float16 accumulate in float32.
 
     Work, with H heads, G KV heads, head_dim D, e bytes a value, one prefix of p tokens and C
@@ -97,9 +99,7 @@ def prefix_attention(
     Bound by the tensor cores throughout. At p = c sharing saves a quarter of these FLOPs, and half
     of the rows of everything else that a layer does, and of its KV.
     """
-    # The interpreter multiplies bfloat16 by its bit patterns (Triton 3.6).
-    is_wrong = q.dtype == torch.bfloat16 and not q.is_cuda
-    if runs_triton(q) and q.shape[-1] in HEAD_DIMS and not is_wrong:
+    if _fits_kernel(q, k):
         return prefix_attention_triton(q, k, v, tree, scale)
     return prefix_attention_reference(q, k, v, tree, scale)
 
@@ -182,18 +182,18 @@ def prefix_attention_triton(
     blocks = blocks or choose_blocks(head_dim, q.dtype)
     tile_tokens = blocks.rows // group
     tiles = tree.tiles(tile_tokens)
-    if skipped:
-        tiles = tiles[tree.num_prefix_tiles(tile_tokens) :]
+    first_tile = tree.num_prefix_tiles(tile_tokens) if skipped else 0
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if len(tiles):
-        prefix_attention_kernel[(len(tiles), num_kv_heads)](
+    if len(tiles) > first_tile:
+        prefix_attention_kernel[(len(tiles) - first_tile, num_kv_heads)](
             q,
             k,
             v,
             out,
             tiles,
             tree.segment_starts,
-            (scale or head_dim**-0.5) * LOG2_E,
+            (head_dim**-0.5 if scale is None else scale) * LOG2_E,
+            first_tile,
             skipped,
             *q.stride()[:2],
             *k.stride()[:2],
@@ -220,6 +220,14 @@ def choose_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
     return Blocks(rows=64, keys=64, warps=4, stages=2)
 
 
+def _fits_kernel(q: torch.Tensor, k: torch.Tensor) -> bool:
+    # The interpreter multiplies bfloat16 by its bit patterns (Triton 3.6).
+    is_wrong = q.dtype == torch.bfloat16 and not q.is_cuda
+    if not runs_triton(q) or is_wrong or q.dtype not in DTYPES or q.shape[2] not in HEAD_DIMS:
+        return False
+    return q.shape[1] // k.shape[1] <= choose_blocks(q.shape[2], q.dtype).rows
+
+
 def _rows_without_queries(q: torch.Tensor, k: torch.Tensor, tree: PrefixTree) -> int:
     """How many rows of keys lie before the first row of queries: none, or the prefixes'."""
     if len(k) != tree.total_tokens or len(q) not in (tree.total_tokens, tree.num_child_tokens):
@@ -232,7 +240,7 @@ def _rows_without_queries(q: torch.Tensor, k: torch.Tensor, tree: PrefixTree) ->
     return len(k) - len(q)
 
 
-@jit
+@jit()
 def attend_block(  # type: ignore[no-untyped-def]
     query,  # [ROWS, HEAD_DIM]
     k,  # pointer to the head's first key
@@ -271,7 +279,7 @@ def attend_block(  # type: ignore[no-untyped-def]
     return total, weight, new_peak
 
 
-@jit
+@jit("first_tile", "skipped")
 def prefix_attention_kernel(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -280,6 +288,7 @@ def prefix_attention_kernel(  # type: ignore[no-untyped-def]
     tiles,  # [num_tiles, FIELDS] int32, see PrefixTree.tiles
     segment_starts,  # [total] int32
     scale_log2,  # scale of the scores, over log 2
+    first_tile,  # tile of the first program
     skipped,  # rows of k before the first row of q
     q_row_stride,
     q_head_stride,
@@ -295,7 +304,7 @@ def prefix_attention_kernel(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    tile = tiles + tl.program_id(0) * FIELDS
+    tile = tiles + (first_tile + tl.program_id(0)) * FIELDS
     first, end = tl.load(tile), tl.load(tile + 1)
     prefix_begin, prefix_end = tl.load(tile + 2), tl.load(tile + 3)
     own_begin, own_seen = tl.load(tile + 4), tl.load(tile + 5)

@@ -58,11 +58,12 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def interpreter() -> Iterator[None]:
     """Set here and not by the environment of the whole run: SGLang's servers would inherit it.
 
-    By then another test may have imported triton, whose own `tl.sum` and such are kernels too.
+    Scope "package" would not do: in a folder without `__init__.py` it lasts as long as the run. By
+    now another test may have imported triton, whose own `tl.sum` and such are kernels too.
     """
     if launch.tl is None or torch.cuda.is_available():
         yield

@@ -53,12 +53,15 @@ def test_nothing_spills_and_two_blocks_fit_a_multiprocessor(rows):
         assert row["blocks_per_sm"] >= 2, row
 
 
-def test_attention_stages_its_keys_in_shared_memory(rows):
-    """A kernel whose loop had been optimised away, or was not pipelined, would hold less."""
-    for row in rows:
-        if row["kernel"] == "prefix_attention" and row["dtype"] == "bf16":
-            keys_and_values = 2 * 64 * row["head_dim"] * 2
-            assert row["shared_bytes"] >= 1.5 * keys_and_values, row
+def test_attention_in_bfloat16_uses_tensor_cores_and_loads_ahead(rows):
+    instructions = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+    attention = [row for row in rows if row["kernel"] == "prefix_attention"]
+    for row in attention:
+        is_bf16 = row["dtype"] == "bf16"
+        assert row["matrix"] == (instructions[row["target"]] if is_bf16 else ""), row
+        # Keys and values of 64 rows, copied ahead by 128 threads, 16 bytes each.
+        at_least = 2 * 64 * row["head_dim"] * 2 // (128 * 16) if is_bf16 else 0
+        assert row["async_copies"] >= at_least, row
 
 
 @pytest.mark.parametrize(
