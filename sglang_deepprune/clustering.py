@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from sglang_deepprune import sequential
 from sglang_deepprune.types import ABSENT, Assignment, JudgeTask, Pair, Trace
 
 Score = Callable[[Sequence[Pair]], npt.NDArray[np.floating]]  # [num_pairs], P(same answer)
@@ -43,7 +44,10 @@ def place(task: JudgeTask, score: Score) -> tuple[tuple[Assignment, ...], int, i
     num_pairs = num_tokens = 0
     for trace in task.traces:
         drawn = [_draw(task, trace.sibling, j, c, known) for j, c in enumerate(clusters)]
-        similarities, asked = _similarities(trace, drawn, score)
+        if task.compare_error is None or task.tau >= 1:
+            similarities, asked = _similarities(trace, drawn, score)
+        else:
+            similarities, asked = _until_clear(trace, drawn, score, task.tau, task.compare_error)
         num_pairs += len(asked)
         num_tokens += sum(pair.left.num_tokens + pair.right.num_tokens for pair in asked)
         cluster, similarity = _choose(similarities, task.tau, task.max_clusters)
@@ -96,6 +100,20 @@ def _similarities(
     scores = iter(_checked(score(asked), len(asked)) if asked else ())
     rows = [[next(scores) if fact is None else fact for fact in row] for row in facts]
     return [_mean(row) for row in rows], asked
+
+
+def _until_clear(
+    trace: Trace, drawn: Sequence[Sequence[Trace]], score: Score, tau: float, error: float
+) -> tuple[list[float], list[Pair]]:
+    """The same with no more pairs than the placement needs, one at a time (`sequential.py`)."""
+    asked: list[Pair] = []
+
+    def ask(cluster: int, place: int) -> float:
+        asked.append(Pair(trace, drawn[cluster][place]))
+        return _checked(score(asked[-1:]), 1)[0]
+
+    facts = [[_known_same(trace, member) for member in members] for members in drawn]
+    return sequential.similarities(facts, ask, tau, error), asked
 
 
 def _known_same(left: Trace, right: Trace) -> float | None:

@@ -408,6 +408,7 @@ class Coordinator:
             max_clusters=group.config.k,
             num_compared=group.config.k1,
             seed=group.config.seed,
+            compare_error=group.config.sequential_error,
         )
         for index in fresh:
             group.siblings[index].is_submitted = True

@@ -62,6 +62,7 @@ class JudgeTask:
     max_clusters: int  # K
     num_compared: int  # K1
     seed: int
+    compare_error: float | None = None  # of sequential comparisons; None: the full loop
 
 
 @dataclass(frozen=True, slots=True)

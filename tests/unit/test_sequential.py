@@ -1,0 +1,119 @@
+"""Comparisons that stop when the placement is clear: the full loop's placements, fewer asked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_deepprune.clustering import place
+from sglang_deepprune.sequential import similarities
+from sglang_deepprune.types import JudgeTask, Pair, Trace
+
+SCORES = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.5, 1.0, math.nan]))
+ROWS = st.lists(st.lists(SCORES, min_size=1, max_size=8), min_size=1, max_size=6)
+
+
+def best(means: list[float], tau: float) -> int | None:
+    """Where the paper puts a trace; the older of two."""
+    found = [j for j, mean in enumerate(means) if not math.isnan(mean) and mean > tau]
+    return min(found, key=lambda j: (-means[j], j)) if found else None
+
+
+def full_means(rows: list[list[float]]) -> list[float]:
+    kept = [[v for v in row if not math.isnan(v)] for row in rows]
+    return [math.fsum(row) / len(row) if row else math.nan for row in kept]
+
+
+def run(rows: list[list[float]], tau: float, error: float, facts=None) -> tuple[list[float], int]:
+    asked = []
+
+    def ask(cluster: int, member: int) -> float:
+        assert (cluster, member) not in asked
+        asked.append((cluster, member))
+        return rows[cluster][member]
+
+    return similarities(facts or [[None] * len(r) for r in rows], ask, tau, error), len(asked)
+
+
+@given(rows=ROWS, tau=st.floats(0.05, 0.95))
+def test_without_error_the_placement_is_that_of_the_full_loop(rows, tau):
+    means, _ = run(rows, tau, 0.0)
+    wanted = full_means(rows)
+    top = best(wanted, tau)
+    got = best(means, tau)
+    # Equal up to the rounding of two orders of summation.
+    assert got == top or (
+        abs((wanted[got] if got is not None else tau) - (wanted[top] if top is not None else tau))
+        < 1e-9
+    )
+
+
+def test_a_sure_judge_is_asked_little():
+    rows = [[0.98] * 10, [0.02] * 10, [0.03] * 10, [0.01] * 2]
+    means, asked = run(rows, 0.5, 0.01)
+    assert best(means, 0.5) == 0 and asked <= 3
+    _, exact = run(rows, 0.5, 0.0)
+    assert asked < exact < 32
+
+
+def test_where_nothing_matches_every_cluster_was_heard():
+    rows = [[0.02] * 10, [0.1] * 10, [0.05] * 3]
+    means, asked = run(rows, 0.5, 0.01)
+    assert best(means, 0.5) is None and not any(map(math.isnan, means))
+    assert asked < 23 / 2
+
+
+def test_facts_are_not_asked_and_count():
+    def never(cluster: int, member: int) -> float:
+        raise AssertionError("a fact was asked")
+
+    assert similarities([[1.0, 1.0], [0.0]], never, 0.5, 0.01) == [1.0, 0.0]
+
+
+def test_the_largest_cluster_is_asked_first():
+    order = []
+
+    def ask(cluster: int, member: int) -> float:
+        order.append(cluster)
+        return 0.9 if cluster == 1 else 0.1
+
+    similarities([[None] * 2, [None] * 10, [None] * 3], ask, 0.5, 0.05)
+    assert order[0] == 1
+
+
+def task(n: int, error: float | None) -> JudgeTask:
+    traces = tuple(Trace(i, f"t{i}", 10, "tokens") for i in range(n))
+    return JudgeTask("g", 0, traces, (), (), 0.5, 32, 10, 0, error)
+
+
+def noisy(seed: int):
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(0, 0.12, (64, 64))
+
+    def score(pairs: list[Pair]) -> np.ndarray:
+        found = []
+        for pair in pairs:
+            i, j = sorted((pair.left.sibling, pair.right.sibling))
+            found.append(np.clip((0.8 if i % 3 == j % 3 else 0.2) + noise[i, j], 0, 1))
+        return np.array(found, dtype=np.float32)
+
+    return score
+
+
+@pytest.mark.parametrize("error", [0.0, 0.01])
+def test_a_window_is_placed_as_by_the_full_loop_with_fewer_pairs(error: float):
+    whole, num_full, tokens_full = place(task(48, None), noisy(1))
+    short, num, tokens = place(task(48, error), noisy(1))
+    same = [a.cluster == b.cluster for a, b in zip(whole, short, strict=True)]
+    assert np.mean(same) >= (1.0 if error == 0 else 0.97)
+    assert num < num_full * (0.9 if error == 0 else 0.35) and tokens == num * 20 < tokens_full
+
+
+def test_at_a_tau_of_one_nothing_merges_and_nothing_is_unknown():
+    found, _, _ = place(replace(task(4, 0.01), tau=1.0), noisy(2))
+    assert [one.cluster for one in found] == [0, 1, 2, 3]
