@@ -44,10 +44,10 @@ def place(task: JudgeTask, score: Score) -> tuple[tuple[Assignment, ...], int, i
     num_pairs = num_tokens = 0
     for trace in task.traces:
         drawn = [_draw(task, trace.sibling, j, c, known) for j, c in enumerate(clusters)]
-        if task.compare_error is None or task.tau >= 1:
+        if task.compare == "full" or task.tau >= 1:
             similarities, asked = _similarities(trace, drawn, score)
         else:
-            similarities, asked = _until_clear(trace, drawn, score, task.tau, task.compare_error)
+            similarities, asked = _until_clear(trace, drawn, score, task)
         num_pairs += len(asked)
         num_tokens += sum(pair.left.num_tokens + pair.right.num_tokens for pair in asked)
         cluster, similarity = _choose(similarities, task.tau, task.max_clusters)
@@ -103,7 +103,7 @@ def _similarities(
 
 
 def _until_clear(
-    trace: Trace, drawn: Sequence[Sequence[Trace]], score: Score, tau: float, error: float
+    trace: Trace, drawn: Sequence[Sequence[Trace]], score: Score, task: JudgeTask
 ) -> tuple[list[float], list[Pair]]:
     """The same with no more pairs than the placement needs, one at a time (`sequential.py`)."""
     asked: list[Pair] = []
@@ -113,7 +113,11 @@ def _until_clear(
         return _checked(score(asked[-1:]), 1)[0]
 
     facts = [[_known_same(trace, member) for member in members] for members in drawn]
-    return sequential.similarities(facts, ask, tau, error), asked
+    is_exclusive = task.compare == "exclusive"
+    means = sequential.similarities(
+        facts, ask, task.tau, task.compare_error, is_exclusive=is_exclusive
+    )
+    return means, asked
 
 
 def _known_same(left: Trace, right: Trace) -> float | None:

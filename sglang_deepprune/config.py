@@ -20,7 +20,7 @@ RETURNS = ("all", "survivors", "vote")
 FLAG_PREFIX = "deepprune"
 
 ADMISSIONS = ("lazy", "eager")
-COMPARISONS = ("full", "sequential")
+COMPARISONS = ("full", "sequential", "exclusive")
 
 
 class Preset(NamedTuple):
@@ -141,11 +141,12 @@ class DeepPruneConfig:
     k1: int = _setting(10, "K1: members drawn for sim(t_i, c_j).", low=1, high=4096, kind=int)
     compare: str = _setting(
         "full", "Ask about all K1 members of every cluster (the paper), or one after the other "
-        "until the placement is clear ('sequential').", choices=COMPARISONS,
+        "until the placement is clear ('sequential'), soonest if clusters exclude each other "
+        "('exclusive').", choices=COMPARISONS,
     )  # fmt: skip
     compare_error: float = _setting(
-        0.01, "Of `sequential`: chance that a mean lies outside its bounds; 0: placements are "
-        "those of the full loop.", low=0.0, high=0.5, kind=float,
+        0.01, "Of the latter two: chance that a mean lies outside its bounds; 0: certainty.",
+        low=0.0, high=0.5, kind=float,
     )  # fmt: skip
     k2: int | None = _setting(
         None, "K2: traces of the largest cluster that run to their end; 0: min(20, ceil(n/4)). "
@@ -250,11 +251,6 @@ class DeepPruneConfig:
         """0: never."""
         given = self.give_up_votes
         return _PRESETS[self.preset].give_up_votes if given is None else given
-
-    @property
-    def sequential_error(self) -> float | None:
-        """None: the full loop."""
-        return self.compare_error if self.compare == "sequential" else None
 
     @property
     def prunes_by_judge(self) -> bool:

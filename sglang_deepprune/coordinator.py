@@ -408,7 +408,8 @@ class Coordinator:
             max_clusters=group.config.k,
             num_compared=group.config.k1,
             seed=group.config.seed,
-            compare_error=group.config.sequential_error,
+            compare=group.config.compare,
+            compare_error=group.config.compare_error,
         )
         for index in fresh:
             group.siblings[index].is_submitted = True

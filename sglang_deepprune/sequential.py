@@ -6,9 +6,12 @@ are asked about one after the other, the most promising cluster first, until the
 - A cluster whose mean can no longer pass tau, or no longer the best one's, is asked no further. The
   bounds are those of the scores that are still out, [0, 1] each: no placement changes by this.
 - With `error` > 0 they are the narrower normal interval of the mean of p scores of which m are
-  known, at that chance of lying outside, and clusters exclude each other: a trace that belongs to
-  one with probability q belongs to another with at most 1 - q. Placements may then differ from the
-  full loop's; benchmarks/comparisons.py says how often, judge by judge.
+  known, at that chance of lying outside: about that share of the placements may differ.
+- With `is_exclusive` clusters exclude each other: a trace that belongs to one with probability q
+  belongs to another with at most 1 - q, so that most clusters are never asked. True of answers, and
+  of a judge that is sure; of a noisy one many placements differ from the full loop's.
+
+benchmarks/comparisons.py measures calls and placements, judge by judge.
 
 Ties go as in `clustering`: to the older cluster. Pure, as everything here.
 """
@@ -70,7 +73,12 @@ class Side:
 
 
 def similarities(
-    facts: Sequence[Sequence[float | None]], ask: Ask, tau: float, error: float
+    facts: Sequence[Sequence[float | None]],
+    ask: Ask,
+    tau: float,
+    error: float,
+    *,
+    is_exclusive: bool = False,
 ) -> list[float]:
     """[num_clusters] mean as far as it was found out; NaN: nothing is known of it.
 
@@ -79,7 +87,9 @@ def similarities(
     z = NormalDist().inv_cdf(1 - error / 2) if error > 0 else None
     sides = [Side(row) for row in facts]
     while True:
-        bounds = _excluded([side.bounds(z) for side in sides], z)
+        bounds = [side.bounds(z) for side in sides]
+        if is_exclusive:
+            bounds = _excluded(bounds)
         which = _next(sides, bounds, tau)
         if which is None:
             return [_settled(side, bound) for side, bound in zip(sides, bounds, strict=True)]
@@ -87,14 +97,12 @@ def similarities(
         sides[which].learn(ask(which, place))
 
 
-def _excluded(bounds: list[tuple[float, float]], z: float | None) -> list[tuple[float, float]]:
-    """With `z`: no cluster may have more than the surest of the others leaves."""
-    if z is None or len(bounds) < 2:
-        return bounds
+def _excluded(bounds: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """No cluster may have more than the surest of the others leaves."""
     lows = sorted((low for low, _ in bounds), reverse=True)
     found = []
     for low, high in bounds:
-        rival = lows[1] if low == lows[0] else lows[0]
+        rival = 0.0 if len(lows) < 2 else lows[1] if low == lows[0] else lows[0]
         found.append((low, max(low, min(high, 1 - max(0.0, rival)))))
     return found
 

@@ -62,7 +62,8 @@ class JudgeTask:
     max_clusters: int  # K
     num_compared: int  # K1
     seed: int
-    compare_error: float | None = None  # of sequential comparisons; None: the full loop
+    compare: str = "full"  # "full" | "sequential" | "exclusive": how many members are asked
+    compare_error: float = 0.0  # of the latter two
 
 
 @dataclass(frozen=True, slots=True)

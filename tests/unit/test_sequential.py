@@ -29,7 +29,7 @@ def full_means(rows: list[list[float]]) -> list[float]:
     return [math.fsum(row) / len(row) if row else math.nan for row in kept]
 
 
-def run(rows: list[list[float]], tau: float, error: float, facts=None) -> tuple[list[float], int]:
+def run(rows, tau: float, error: float, is_exclusive: bool = False) -> tuple[list[float], int]:
     asked = []
 
     def ask(cluster: int, member: int) -> float:
@@ -37,7 +37,8 @@ def run(rows: list[list[float]], tau: float, error: float, facts=None) -> tuple[
         asked.append((cluster, member))
         return rows[cluster][member]
 
-    return similarities(facts or [[None] * len(r) for r in rows], ask, tau, error), len(asked)
+    facts = [[None] * len(row) for row in rows]
+    return similarities(facts, ask, tau, error, is_exclusive=is_exclusive), len(asked)
 
 
 @given(rows=ROWS, tau=st.floats(0.05, 0.95))
@@ -55,10 +56,19 @@ def test_without_error_the_placement_is_that_of_the_full_loop(rows, tau):
 
 def test_a_sure_judge_is_asked_little():
     rows = [[0.98] * 10, [0.02] * 10, [0.03] * 10, [0.01] * 2]
-    means, asked = run(rows, 0.5, 0.01)
-    assert best(means, 0.5) == 0 and asked <= 3
-    _, exact = run(rows, 0.5, 0.0)
-    assert asked < exact < 32
+    asked = {}
+    for name, error, is_exclusive in (("exact", 0.0, False), ("interval", 0.01, False),
+                                      ("exclusive", 0.01, True)):  # fmt: skip
+        means, asked[name] = run(rows, 0.5, error, is_exclusive)
+        assert best(means, 0.5) == 0
+    assert asked["exclusive"] <= 3 < asked["interval"] < asked["exact"] < 32
+    assert asked["interval"] <= 12
+
+
+def test_a_cluster_that_is_better_than_the_first_good_one_is_found_unless_they_exclude():
+    rows = [[0.7] * 10, [0.9] * 10]
+    assert best(run(rows, 0.5, 0.01)[0], 0.5) == 1
+    assert best(run(rows, 0.5, 0.0)[0], 0.5) == 1
 
 
 def test_where_nothing_matches_every_cluster_was_heard():
@@ -82,13 +92,13 @@ def test_the_largest_cluster_is_asked_first():
         order.append(cluster)
         return 0.9 if cluster == 1 else 0.1
 
-    similarities([[None] * 2, [None] * 10, [None] * 3], ask, 0.5, 0.05)
+    similarities([[None] * 2, [None] * 10, [None] * 3], ask, 0.5, 0.05, is_exclusive=True)
     assert order[0] == 1
 
 
-def task(n: int, error: float | None) -> JudgeTask:
+def task(n: int, compare: str, error: float = 0.0) -> JudgeTask:
     traces = tuple(Trace(i, f"t{i}", 10, "tokens") for i in range(n))
-    return JudgeTask("g", 0, traces, (), (), 0.5, 32, 10, 0, error)
+    return JudgeTask("g", 0, traces, (), (), 0.5, 32, 10, 0, compare, error)
 
 
 def noisy(seed: int):
@@ -105,15 +115,17 @@ def noisy(seed: int):
     return score
 
 
-@pytest.mark.parametrize("error", [0.0, 0.01])
-def test_a_window_is_placed_as_by_the_full_loop_with_fewer_pairs(error: float):
-    whole, num_full, tokens_full = place(task(48, None), noisy(1))
-    short, num, tokens = place(task(48, error), noisy(1))
+@pytest.mark.parametrize(("compare", "error", "share"), [
+    ("sequential", 0.0, 0.9), ("sequential", 0.01, 0.6), ("exclusive", 0.01, 0.35),
+])  # fmt: skip
+def test_a_window_is_placed_as_by_the_full_loop_with_fewer_pairs(compare, error, share):
+    whole, num_full, tokens_full = place(task(48, "full"), noisy(1))
+    short, num, tokens = place(task(48, compare, error), noisy(1))
     same = [a.cluster == b.cluster for a, b in zip(whole, short, strict=True)]
     assert np.mean(same) >= (1.0 if error == 0 else 0.97)
-    assert num < num_full * (0.9 if error == 0 else 0.35) and tokens == num * 20 < tokens_full
+    assert num < num_full * share and tokens == num * 20 < tokens_full
 
 
 def test_at_a_tau_of_one_nothing_merges_and_nothing_is_unknown():
-    found, _, _ = place(replace(task(4, 0.01), tau=1.0), noisy(2))
+    found, _, _ = place(replace(task(4, "sequential", 0.01), tau=1.0), noisy(2))
     assert [one.cluster for one in found] == [0, 1, 2, 3]
