@@ -9,12 +9,17 @@ and their log-softmax in one (`kernels.label_head`).
 Not every model can be packed (attention sinks, caps on scores, norms of its own). So the first
 thing done with a model is to compare packed and ordinary probabilities; `Packed.of` gives None
 where they differ. A prompt beyond a sliding window is left to the ordinary way as well.
+
+Keys and values of the latest prefixes are kept, within a bound of bytes: comparisons one by one
+(`sequential.py`) ask about the same trace again and again, and then read the other trace alone.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,9 +31,26 @@ from sglang_deepprune.kernels.prefix_attention import prefix_attention
 from sglang_deepprune.kernels.prefix_tree import PrefixTree, pack
 
 ATTENTION = "deepprune_prefix"
-_TREE: ContextVar[PrefixTree] = ContextVar("prefix tree of the pass that runs")
 _TOLERANCE = {torch.float32: 1e-4}
 _OTHER_TOLERANCE = 3e-2  # half precision
+
+
+CACHE_BYTES = 512 << 20
+KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # a layer: [tokens, kv_heads, head_dim] each
+Family = tuple[tuple[int, ...], list[int]]  # a prefix, and the places of its prompts
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What the attention of the pass that runs has to know, and what it leaves behind."""
+
+    tree: PrefixTree
+    cached: KeyValues | None  # of all prefixes, one after the other; None: they are in the pass
+    layers: KeyValues = field(default_factory=list)  # of the prefixes, as the pass computes them
+    num_layers: int = 0  # so far
+
+
+_PASS: ContextVar[_Pass] = ContextVar("the packed pass that runs")
 
 
 def attention(
@@ -41,8 +63,16 @@ def attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' interface: [1, heads, total, head_dim] in, [1, total, heads, head_dim] out."""
+    now = _PASS.get()
     q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
-    return prefix_attention(q, k, v, _TREE.get(), scaling)[None], None
+    if now.cached is None:
+        head = now.tree.num_prefix_tokens
+        now.layers.append((k[:head], v[:head]))
+    else:
+        before = now.cached[now.num_layers]
+        k, v = torch.cat([before[0], k]), torch.cat([before[1], v])
+    now.num_layers += 1
+    return prefix_attention(q, k, v, now.tree, scaling)[None], None
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -56,6 +86,7 @@ class Packed:
         self.pass_tokens = pass_tokens  # bounds the memory of a pass
         self.window = _window(model.config)
         self.tokens_read = 0
+        self.prefixes = PrefixCache(CACHE_BYTES)
         self._norm = model.base_model.norm
         self._eps = float(self._norm.variance_epsilon)
         self._rows = model.get_output_embeddings().weight[list(label_ids)].contiguous()
@@ -87,63 +118,112 @@ class Packed:
     def probabilities(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         """[num_prompts] float32 P(same answer), in the order given."""
         found = torch.empty(len(prompts))
-        for families in passes(prompts, self.pass_tokens):
-            order = [place for _, places in families for place in places]
-            found[order] = self._pass(prompts, families).cpu()
+        known = {one.prefix for one in prompts if one.prefix in self.prefixes}
+        for is_known in (True, False):
+            own = [i for i, one in enumerate(prompts) if (one.prefix in known) == is_known]
+            for families in passes(prompts, self.pass_tokens, own, is_prefix_free=is_known):
+                order = [place for _, places in families for place in places]
+                found[order] = self._pass(prompts, families, is_known).cpu()
         return found
 
     def _pass(
-        self, prompts: Sequence[Prompt], families: Sequence[tuple[tuple[int, ...], list[int]]]
+        self, prompts: Sequence[Prompt], families: Sequence[Family], is_known: bool
     ) -> torch.Tensor:
         rests = [prompts[place].rest for _, places in families for place in places]
         parents = [i for i, (_, places) in enumerate(families) for _ in places]
         device = self.model.device
         prefixes = [prefix for prefix, _ in families]
         tree = pack(list(map(len, prefixes)), list(map(len, rests)), parents, device=device)
-        ids = torch.tensor([[t for part in (*prefixes, *rests) for t in part]], device=device)
-        self.tokens_read += tree.total_tokens
-        hidden = self._hidden(ids, tree)
-        logs = label_head(hidden, self._norm.weight, self._rows, tree.last_indices, self._eps)
+        read = rests if is_known else [*prefixes, *rests]
+        ids = torch.tensor([[token for part in read for token in part]], device=device)
+        now = _Pass(tree, self.prefixes.together(prefixes) if is_known else None)
+        skipped = tree.total_tokens - ids.shape[1]
+        self.tokens_read += ids.shape[1]
+        hidden = self._hidden(ids, tree.positions[None, skipped:].long(), now)
+        if not is_known:
+            self.prefixes.keep(prefixes, now.layers)
+        last = tree.last_indices - skipped
+        logs = label_head(hidden, self._norm.weight, self._rows, last, self._eps)
         return logs[:, 0].exp().float()
 
-    def _hidden(self, ids: torch.Tensor, tree: PrefixTree) -> torch.Tensor:
-        """[total, hidden], before the final norm."""
+    def _hidden(self, ids: torch.Tensor, positions: torch.Tensor, now: _Pass) -> torch.Tensor:
+        """[tokens, hidden], before the final norm."""
         base = self.model.base_model
         usual = self.model.config._attn_implementation
-        token = _TREE.set(tree)
+        token = _PASS.set(now)
         self.model.set_attn_implementation(ATTENTION)
         base.norm = torch.nn.Identity()
         try:
-            out = base(
-                input_ids=ids, position_ids=tree.positions[None].long(), use_cache=False,
-                attention_mask=None,
-            )  # fmt: skip
+            out = base(input_ids=ids, position_ids=positions, use_cache=False, attention_mask=None)
         finally:
             base.norm = self._norm
             self.model.set_attn_implementation(usual)
-            _TREE.reset(token)
+            _PASS.reset(token)
         return out.last_hidden_state[0]
 
 
+class PrefixCache:
+    """Keys and values of prefixes, the least recently used first out."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._items: OrderedDict[tuple[int, ...], KeyValues] = OrderedDict()
+
+    def __contains__(self, prefix: tuple[int, ...]) -> bool:
+        return prefix in self._items
+
+    def together(self, prefixes: Sequence[tuple[int, ...]]) -> KeyValues:
+        """Those of several prefixes, one after the other."""
+        found = []
+        for prefix in prefixes:
+            self._items.move_to_end(prefix)
+            found.append(self._items[prefix])
+        return [
+            (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
+            for layer in zip(*found, strict=True)
+        ]
+
+    def keep(self, prefixes: Sequence[tuple[int, ...]], layers: KeyValues) -> None:
+        """`layers`: those of all the prefixes, as `together` gives them."""
+        start = 0
+        for prefix in prefixes:
+            rows = slice(start, start := start + len(prefix))
+            size = sum(k[rows].nbytes + v[rows].nbytes for k, v in layers)
+            if prefix in self._items or size > self.max_bytes:
+                continue
+            # Copies: a slice would keep the whole pass in memory.
+            self._items[prefix] = [(k[rows].clone(), v[rows].clone()) for k, v in layers]
+            self.num_bytes += size
+            while self.num_bytes > self.max_bytes:
+                _, gone = self._items.popitem(last=False)
+                self.num_bytes -= sum(k.nbytes + v.nbytes for k, v in gone)
+
+
 def passes(
-    prompts: Sequence[Prompt], pass_tokens: int
-) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
-    """Families (a prefix and the places of its prompts) cut into passes of at most `pass_tokens`,
-    or of one prompt that is longer. A family that is cut is read after its prefix again."""
+    prompts: Sequence[Prompt],
+    pass_tokens: int,
+    chosen: Sequence[int] | None = None,
+    *,
+    is_prefix_free: bool = False,
+) -> Iterator[list[Family]]:
+    """The families of the chosen prompts, in passes of at most `pass_tokens`, or of one prompt that
+    is longer. A family that is cut is read after its prefix again."""
     by_prefix: dict[tuple[int, ...], list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        by_prefix.setdefault(prompt.prefix, []).append(place)
-    now: list[tuple[tuple[int, ...], list[int]]] = []
+    for place in range(len(prompts)) if chosen is None else chosen:
+        by_prefix.setdefault(prompts[place].prefix, []).append(place)
+    now: list[Family] = []
     used = 0
     for prefix, places in by_prefix.items():
         is_open = False  # the prefix is in `now`
         for place in places:
             rest = len(prompts[place].rest)
-            cost = rest + (0 if is_open else len(prefix))
+            before = 0 if is_prefix_free else len(prefix)
+            cost = rest + (0 if is_open else before)
             if now and used + cost > pass_tokens:
                 yield now
                 now, used, is_open = [], 0, False
-                cost = rest + len(prefix)
+                cost = rest + before
             if not is_open:
                 now.append((prefix, []))
                 is_open = True

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sglang_deepprune.judges.llm import LLMJudge
 from sglang_deepprune.judges.lm_prompt import Prompt
-from sglang_deepprune.judges.packed import passes
+from sglang_deepprune.judges.packed import PrefixCache, passes
 from tests import lm_judge
 
 
@@ -55,6 +55,35 @@ def test_scores_are_those_of_ordinary_passes(judge: LLMJudge, seed, families, pa
         assert judge.score_prompts(prompts) == pytest.approx(judge.score_padded(prompts), abs=1e-5)
     finally:
         packed.pass_tokens = 8192
+
+
+def test_a_prefix_that_is_known_is_not_read_again(judge: LLMJudge):
+    prompts = forest(9, [[10, 20, 30], [5, 40]], 100)
+    wanted = judge.score_padded(prompts)
+    judge.score_prompts(prompts[:1])
+    judge.score_prompts([one for one in prompts if one.prefix != prompts[0].prefix])
+    before = judge.tokens_read
+    for prompt, score in zip(prompts, wanted, strict=True):
+        assert judge.score_prompts([prompt])[0] == pytest.approx(score, abs=1e-5)
+    assert judge.score_prompts(prompts) == pytest.approx(wanted, abs=1e-5)
+    assert judge.tokens_read - before == 2 * sum(len(one.rest) for one in prompts)
+
+
+def test_the_prefixes_that_are_kept_are_bounded(judge: LLMJudge):
+    packed = judge.packed
+    assert packed is not None
+    usual, packed.prefixes = packed.prefixes, PrefixCache(40_000)
+    try:
+        for seed in range(12):
+            prompts = forest(seed, [[5, 9], [7]], 60)
+            assert judge.score_prompts(prompts) == pytest.approx(
+                judge.score_padded(prompts), abs=1e-5
+            )
+            held = packed.prefixes._items.values()
+            size = sum(k.nbytes + v.nbytes for layers in held for k, v in layers)
+            assert packed.prefixes.num_bytes == size <= 40_000
+    finally:
+        packed.prefixes = usual
 
 
 def test_a_shared_prefix_is_read_once(judge: LLMJudge):
