@@ -173,6 +173,10 @@ class PrefixCache:
     def __contains__(self, prefix: tuple[int, ...]) -> bool:
         return prefix in self._items
 
+    def clear(self) -> None:
+        self._items.clear()
+        self.num_bytes = 0
+
     def together(self, prefixes: Sequence[tuple[int, ...]]) -> KeyValues:
         """Those of several prefixes, one after the other."""
         found = []
