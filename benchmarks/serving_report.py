@@ -26,12 +26,14 @@ RATIOS = {
     "tokens": "tokens_ratio",
     "kv_time": "kv_time_ratio",
     "step_ms": "step_ratio",
+    "passes": "passes_ratio",
     "n1_p50_s": "n1_p50_ratio",
     "n1_p99_s": "n1_p99_ratio",
 }
 _COLUMNS = (
     "policy", "questions_per_s", "questions_per_s_ratio", "mean_latency_ratio",
-    "p99_latency_ratio", "tokens_ratio", "kv_time_ratio", "rows_busy", "step_ms", "product",
+    "p99_latency_ratio", "tokens_ratio", "kv_time_ratio", "rows_busy", "step_ms", "passes_ratio",
+    "product",
     "started", "same_winner", "accuracy", "retractions", "n1_p50_ratio", "n1_p99_ratio",
 )  # fmt: skip
 
@@ -76,6 +78,8 @@ def measures(cell: Cell, played: Pass) -> Row:
         "kv_time": steps["kv_tokens"] / count,
         "rows_busy": steps["decode_rows"] / num_steps,
         "step_ms": 1e3 * steps["decode_s"] / num_steps,
+        # A question's share of the engine's passes: no clock in it, so no drift of the machine.
+        "passes": (steps["decode_steps"] + steps["prefill_steps"]) / count,
         "started": fmean(played.started),
         "retractions": int(steps["retractions"]),
         "n1_p50_s": percentile(played.n1_latencies_s, 0.5),
