@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_deepprune.types import Pair, Trace
+from sglang_deepprune.types import Pair
 
 SETTINGS_FILE = "deepprune_judge.json"  # beside a judge's weights; written by train-judge
 PROBLEM_CHARS = 2000  # the end of it, where the question stands
@@ -101,8 +101,7 @@ class PromptWriter:
         longest_first = sorted(names, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first))) if names else None
         self._fixed = self._template(settings.prompt)
-        spent = sum(len(part) for part in self._fixed) + PROBLEM_CHARS
-        self._trace_tokens = max(16, (max_tokens - spent) // 2)
+        self._room = max_tokens - sum(len(part) for part in self._fixed)
         self._cache: OrderedDict[str, list[int]] = OrderedDict()
 
     def write(self, pairs: Sequence[Pair]) -> list[Prompt]:
@@ -113,11 +112,11 @@ class PromptWriter:
         second, first = sorted((pair.left, pair.right), key=lambda trace: trace.sibling)
         opening, between, middle, closing = self._fixed
         problem = self.encode(first.prompt[-PROBLEM_CHARS:].strip() or "(not shown)")
-        prefix = [*opening, *problem, *between, *self._trace(first), *middle]
-        return Prompt(tuple(prefix), (*self._trace(second), *closing))
-
-    def _trace(self, trace: Trace) -> list[int]:
-        return self.encode(trace.text.strip())[-self._trace_tokens :]
+        problem = problem[-max(16, self._room // 4) :]
+        most = max(16, (self._room - len(problem)) // 2)
+        head, tail = (self.encode(trace.text.strip())[-most:] for trace in (first, second))
+        prefix = [*opening, *problem, *between, *head, *middle]
+        return Prompt(tuple(prefix), (*tail, *closing))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that is data. Each text is read once while it is among the latest."""
