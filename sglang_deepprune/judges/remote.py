@@ -70,17 +70,26 @@ class RemoteJudge:
         self, target: str, *, timeout_s: float = 5.0, retries: int = 2, backoff_s: float = 0.2,
         circuit: Circuit | None = None,
     ):  # fmt: skip
-        url, _, tokenizer = target.partition(",")
+        url, _, self._tokenizer = target.partition(",")
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
         self.retries = retries
         self.backoff_s = backoff_s
         self.circuit = circuit or Circuit()
         self._opener = urllib.request.build_opener(_NoRedirect)
-        info = self._send("/get_model_info")
-        limit = self._send("/get_server_info").get("context_length") or 1 << 30
-        self.prompts = _writer(tokenizer or str(info.get("tokenizer_path", "")), int(limit))
+        self._prompts: PromptWriter | None = None
         self._pool = ThreadPoolExecutor(_AT_ONCE)
+
+    @property
+    def prompts(self) -> PromptWriter:
+        """Made when the server is first asked: it may start later than we do. Raises
+        `JudgeError`."""
+        if self._prompts is None:
+            info = self._send("/get_model_info")
+            limit = self._send("/get_server_info").get("context_length") or 1 << 30
+            source = self._tokenizer or str(info.get("tokenizer_path", ""))
+            self._prompts = _writer(source, int(limit))
+        return self._prompts
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """[num_pairs] float32; see `Judge.score`. Raises `JudgeError` when the server does not
@@ -90,30 +99,31 @@ class RemoteJudge:
             place for place, pair in enumerate(pairs)
             if pair.left.text.strip() and pair.right.text.strip()
         ]  # fmt: skip
-        if readable:
-            prompts = self.prompts.write([pairs[place] for place in readable])
-            scores[readable] = self.score_prompts(prompts)
-        return scores
-
-    def score_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """[num_prompts] float32 P(same answer)."""
+        if not readable:
+            return scores
         if self.circuit.is_open:
             raise JudgeError("the judge's server has failed several times; it has a pause")
-        by_prefix: dict[tuple[int, ...], list[int]] = {}
-        for place, prompt in enumerate(prompts):
-            by_prefix.setdefault(prompt.prefix, []).append(place)
-        scores = np.zeros(len(prompts), dtype=np.float32)
         try:
-            replies = self._pool.map(
-                lambda entry: self._ask(entry[0], [prompts[i].rest for i in entry[1]]),
-                by_prefix.items(),
-            )
-            for places, found in zip(by_prefix.values(), replies, strict=True):
-                scores[places] = found
+            prompts = self.prompts.write([pairs[place] for place in readable])
+            scores[readable] = self._score_prompts(prompts)
         except JudgeError:
             self.circuit.failed()
             raise
         self.circuit.succeeded()
+        return scores
+
+    def _score_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """[num_prompts] float32 P(same answer)."""
+        by_prefix: dict[tuple[int, ...], list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            by_prefix.setdefault(prompt.prefix, []).append(place)
+        scores = np.zeros(len(prompts), dtype=np.float32)
+        replies = self._pool.map(
+            lambda entry: self._ask(entry[0], [prompts[i].rest for i in entry[1]]),
+            by_prefix.items(),
+        )
+        for places, found in zip(by_prefix.values(), replies, strict=True):
+            scores[places] = found
         return scores
 
     def _ask(self, prefix: Sequence[int], rests: Sequence[Sequence[int]]) -> list[float]:

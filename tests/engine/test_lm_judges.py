@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +40,7 @@ def test_trained_and_asked_over_a_second_server_the_scores_are_the_same(judge_se
     assert there[truth].mean() > there[~truth].mean() + 0.5
 
 
-@pytest.mark.parametrize("kind", ["llm", "remote"])
+@pytest.mark.parametrize("kind", ["llm", pytest.param("remote", marks=pytest.mark.stacks)])
 def test_it_prunes_in_a_server(judge_server: Server, kind: str):
     target = lm_judge.trained() if kind == "llm" else judge_server.url
     flags = (*COMMON, "--deepprune-judge", f"{kind}:{target}", "--deepprune-judge-deadline-ms",
@@ -54,6 +56,25 @@ def test_it_prunes_in_a_server(judge_server: Server, kind: str):
                 break
         assert calls > 0 and pruned > 0
         assert "gives no verdict" not in server.log
+
+
+@pytest.mark.stacks
+def test_a_judges_server_that_hangs_or_is_not_there_costs_no_request(judge_server: Server):
+    flags = (*COMMON, "--deepprune-judge", f"remote:{judge_server.url}")
+    settings = {"preset": "paper", "k2": 0, "tau": 0, **CUT}
+    with Server(model_path(), *flags, max_total_tokens=40000) as server:
+        os.killpg(judge_server.process.pid, signal.SIGSTOP)
+        try:
+            for question in questions(seed=13, count=2):
+                outputs = sample(server, question.prompt, settings)
+                assert set(states(outputs)) == {"finished"}
+        finally:
+            os.killpg(judge_server.process.pid, signal.SIGCONT)
+        server.wait_idle()
+        judge_server.stop()
+        outputs = sample(server, question.prompt, settings)
+        assert set(states(outputs)) == {"finished"}
+        server.wait_idle()
 
 
 @pytest.mark.slow

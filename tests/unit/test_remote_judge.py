@@ -145,9 +145,10 @@ def test_after_failures_in_a_row_the_circuit_opens_and_closes_again(fake: Fake):
     assert not circuit.is_open
 
 
-def test_a_server_that_is_not_there_is_an_error_when_the_judge_is_loaded():
+def test_a_server_may_start_later_than_the_judge():
+    judge = RemoteJudge("http://127.0.0.1:9", retries=0)  # nobody is there yet
     with pytest.raises(JudgeError, match="does not answer"):
-        RemoteJudge("http://127.0.0.1:9", retries=0)
+        judge.score([Pair(*traces(2))])
 
 
 def test_what_is_no_url_is_refused_at_start():
