@@ -42,9 +42,13 @@ def has_gpu() -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Low enough for what SGLang adds to it (up to 10,000, for ZMQ and gRPC)."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port <= 65_535 - 10_001:
+            return port
 
 
 class LocalServer:
