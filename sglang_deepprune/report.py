@@ -107,6 +107,9 @@ def _relative(argument: str) -> str:
     option, is_option, value = argument.partition("=")
     if is_option and option.startswith("-"):
         return f"{option}={_relative(value)}"
+    judge, is_spec, path_of_judge = argument.partition(":")
+    if is_spec and path_of_judge.startswith(os.sep) and not path_of_judge.startswith("//"):
+        return f"{judge}:{_relative(path_of_judge)}"  # NAME:PATH
     path = Path(argument)
     if os.sep not in argument:
         return argument
