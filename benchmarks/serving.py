@@ -118,7 +118,7 @@ class Player:
         """All questions under one policy, `rate` a second, or by the cell's closed loop."""
         asks_as = PLAIN if policy in (PLAIN_AGAIN, CAPACITY) else policy
         async with new_session() as session:
-            await self.flush(session)
+            await flush(session, self.url)
             before = read_totals(self.log)
             ordinary = asyncio.create_task(self._ordinary(session)) if rate else None
             start = time.perf_counter()
@@ -132,7 +132,7 @@ class Player:
             if ordinary is not None:
                 ordinary.cancel()
                 n1_latencies_s = await ordinary
-            await self.flush(session)
+            await flush(session, self.url)
         return Pass(
             self.cell.name, policy, wall_s,
             answers=[one.answer for one in outcomes],
@@ -148,17 +148,6 @@ class Player:
         async with new_session() as session:
             prompts = question_set(WARM_UPS, ORDINARY_SEED)
             await asyncio.gather(*(ask_one(session, self.url, one, 0) for one in prompts))
-
-    async def flush(self, session: aiohttp.ClientSession) -> None:
-        """Empty the prefix cache once nothing runs; the plugin writes its totals then."""
-        deadline = time.monotonic() + _IDLE_LIMIT_S
-        while time.monotonic() < deadline:
-            with suppress(aiohttp.ServerDisconnectedError):
-                async with session.post(f"{self.url}/flush_cache") as reply:
-                    if reply.status == 200:
-                        return
-            await asyncio.sleep(0.1)
-        raise ServerError("the server does not become idle")
 
     async def _closed(
         self, session: aiohttp.ClientSession, policy: str, limit: int
@@ -201,6 +190,18 @@ class Player:
                 tasks.append(asyncio.create_task(one))
                 await asyncio.sleep(ORDINARY_EVERY_S)
         return await asyncio.gather(*tasks)
+
+
+async def flush(session: aiohttp.ClientSession, url: str) -> None:
+    """Empty the prefix cache once nothing runs; the plugin writes its totals then."""
+    deadline = time.monotonic() + _IDLE_LIMIT_S
+    while time.monotonic() < deadline:
+        with suppress(aiohttp.ServerDisconnectedError):
+            async with session.post(f"{url}/flush_cache") as reply:
+                if reply.status == 200:
+                    return
+        await asyncio.sleep(0.1)
+    raise ServerError("the server does not become idle")
 
 
 async def _together(many: Iterable[Awaitable[Outcome]]) -> list[Outcome]:
