@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import math
 import os
 import resource
 import signal
@@ -117,7 +118,7 @@ class Player:
         """All questions under one policy, `rate` a second, or by the cell's closed loop."""
         asks_as = PLAIN if policy in (PLAIN_AGAIN, CAPACITY) else policy
         async with new_session() as session:
-            await self.flush(session)
+            await flush(session, self.url)
             before = read_totals(self.log)
             ordinary = asyncio.create_task(self._ordinary(session)) if rate else None
             start = time.perf_counter()
@@ -131,7 +132,7 @@ class Player:
             if ordinary is not None:
                 ordinary.cancel()
                 n1_latencies_s = await ordinary
-            await self.flush(session)
+            await flush(session, self.url)
         return Pass(
             self.cell.name, policy, wall_s,
             answers=[one.answer for one in outcomes],
@@ -147,17 +148,6 @@ class Player:
         async with new_session() as session:
             prompts = question_set(WARM_UPS, ORDINARY_SEED)
             await asyncio.gather(*(ask_one(session, self.url, one, 0) for one in prompts))
-
-    async def flush(self, session: aiohttp.ClientSession) -> None:
-        """Empty the prefix cache once nothing runs; the plugin writes its totals then."""
-        deadline = time.monotonic() + _IDLE_LIMIT_S
-        while time.monotonic() < deadline:
-            with suppress(aiohttp.ServerDisconnectedError):
-                async with session.post(f"{self.url}/flush_cache") as reply:
-                    if reply.status == 200:
-                        return
-            await asyncio.sleep(0.1)
-        raise ServerError("the server does not become idle")
 
     async def _closed(
         self, session: aiohttp.ClientSession, policy: str, limit: int
@@ -202,6 +192,18 @@ class Player:
         return await asyncio.gather(*tasks)
 
 
+async def flush(session: aiohttp.ClientSession, url: str) -> None:
+    """Empty the prefix cache once nothing runs; the plugin writes its totals then."""
+    deadline = time.monotonic() + _IDLE_LIMIT_S
+    while time.monotonic() < deadline:
+        with suppress(aiohttp.ServerDisconnectedError):
+            async with session.post(f"{url}/flush_cache") as reply:
+                if reply.status == 200:
+                    return
+        await asyncio.sleep(0.1)
+    raise ServerError("the server does not become idle")
+
+
 async def _together(many: Iterable[Awaitable[Outcome]]) -> list[Outcome]:
     """All of them in order; the first error ends the others."""
     tasks = [asyncio.ensure_future(one) for one in many]
@@ -214,7 +216,7 @@ async def _together(many: Iterable[Awaitable[Outcome]]) -> list[Outcome]:
 
 
 @contextmanager
-def serve(cell: Cell, is_deepprune_on: bool) -> Iterator[tuple[str, Path]]:
+def serve(cell: Cell, is_deepprune_on: bool, flat_step_ms: float) -> Iterator[tuple[str, Path]]:
     """URL and step log of a server for a cell."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "steps.jsonl"
@@ -225,7 +227,7 @@ def serve(cell: Cell, is_deepprune_on: bool) -> Iterator[tuple[str, Path]]:
             flags += ["--enable-deepprune", "--deepprune-judge", "none"]
         env = plugin_env(
             Path(folder) / "plugin", log=log, is_deepprune_on=is_deepprune_on,
-            flat_ms=FLAT_STEP_MS if cell.is_flat else 0.0,
+            flat_ms=flat_step_ms if cell.is_flat else 0.0,
         )  # fmt: skip
         tokens = cell.rows * KV_TOKENS_A_ROW
         server = LocalServer(model_path(), *flags, env=env, max_total_tokens=tokens)
@@ -239,7 +241,11 @@ def serve(cell: Cell, is_deepprune_on: bool) -> Iterator[tuple[str, Path]]:
 
 
 def run_cell(
-    cell: Cell, asked: Sequence[Question], chosen: Sequence[str], results: Results
+    cell: Cell,
+    asked: Sequence[Question],
+    chosen: Sequence[str],
+    results: Results,
+    flat_step_ms: float,
 ) -> None:
     """Play whatever the results file lacks, one server after the other."""
     off, on = passes_of(cell, chosen)
@@ -255,7 +261,7 @@ def run_cell(
             continue
         with (
             tqdm(total=len(todo) * len(asked), unit="question") as bar,
-            serve(cell, is_on) as (url, log),
+            serve(cell, is_on, flat_step_ms) as (url, log),
         ):
             player = Player(url, log, cell, asked, bar)
             asyncio.run(player.warm_up())
@@ -277,13 +283,14 @@ def run(
     chosen: Sequence[str],
     num_questions: int,
     results: Results,
+    flat_step_ms: float = FLAT_STEP_MS,
     done: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """All cells; each is printed when it is complete."""
     rows: list[Row] = []
     for cell in cells:
         asked = question_set(min(num_questions or cell.num_questions, cell.num_questions))
-        run_cell(cell, asked, chosen, results)
+        run_cell(cell, asked, chosen, results, flat_step_ms)
         off, on = passes_of(cell, chosen)
         own = cell_rows(cell, results.of(cell, [*off[:-1], *on, PLAIN_AGAIN]), asked)
         print_cell(cell, own)
@@ -292,11 +299,11 @@ def run(
     return rows
 
 
-def results_folder(num_questions: int) -> Path:
+def results_folder(num_questions: int, flat_step_ms: float = FLAT_STEP_MS) -> Path:
     """One folder a setting that changes what is measured. Never in the repository."""
     cells = [replace(cell, policies=()) for cell in CELLS]
     settings = [
-        num_questions, MAX_NEW_TOKENS, FLAT_STEP_MS, LEVEL_SHARES, KV_TOKENS_A_ROW,
+        num_questions, MAX_NEW_TOKENS, flat_step_ms, LEVEL_SHARES, KV_TOKENS_A_ROW,
         QUESTION_SEED, ORDINARY_SEED, NOISE_SEED, ARRIVAL_SEED, [asdict(cell) for cell in cells],
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
@@ -311,7 +318,8 @@ def main() -> None:
     names = [SMOKE.name] if arguments.smoke else arguments.cells
     num_questions = SMOKE_QUESTIONS if arguments.smoke else arguments.questions
     cells = [BY_NAME[name] for name in names]
-    results = Results(arguments.resume or results_folder(num_questions))
+    flat_step_ms = arguments.flat_step_ms
+    results = Results(arguments.resume or results_folder(num_questions, flat_step_ms))
     if arguments.fresh:
         results.forget(cells, arguments.policies)
 
@@ -319,10 +327,10 @@ def main() -> None:
         if arguments.json is not None:
             write_json(
                 arguments.json, "serving", rows,
-                flat_step_ms=FLAT_STEP_MS, max_new_tokens=MAX_NEW_TOKENS, levels=LEVEL_SHARES,
+                flat_step_ms=flat_step_ms, max_new_tokens=MAX_NEW_TOKENS, levels=LEVEL_SHARES,
             )  # fmt: skip
 
-    rows = run(cells, arguments.policies, num_questions, results, keep)
+    rows = run(cells, arguments.policies, num_questions, results, flat_step_ms, keep)
     plot = arguments.plot or (arguments.json and arguments.json.with_suffix(".png"))
     if plot is not None:
         save_plot(rows, plot)
@@ -344,6 +352,10 @@ def _arguments() -> argparse.Namespace:
         help="instead of the cell's own; plain is played first and last in any case",
     )  # fmt: skip
     parser.add_argument("--questions", type=int, default=0, help="at most so many a cell; 0: all")
+    parser.add_argument(
+        "--flat-step-ms", type=_step_ms, default=FLAT_STEP_MS, metavar="MS",
+        help="what a pass takes at least in the flat cells (default: %(default)g)",
+    )  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="one tiny cell, for CI")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--plot", type=Path, help="default: beside --json")
@@ -352,6 +364,13 @@ def _arguments() -> argparse.Namespace:
         "--fresh", action="store_true", help="play again what --cells and --policies name"
     )
     return parser.parse_args()
+
+
+def _step_ms(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.scripted import write_scripts
 
 WORDS = "wait thus since so therefore hmm but let me check again".split()
+ORDER = " ".join(["order:", *WORDS * 5, "="])
 CUT = {"cut": "tokens", "cut_tokens": 16, "window": 8}
 
 
@@ -36,6 +37,10 @@ PROMPTS: dict[str, list[str]] = {
     ],
     # Nobody agrees: a lazy group has to run them all.
     "lazy: what is 6 + 6 =": [trace("A", 24 + 3 * i, str(i)) for i in range(12)],
+    # A prompt long enough for SGLang's cache-aware orders to see it.
+    ORDER: [
+        trace("A", 100 + 6 * i, answer) for i, answer in enumerate(["5", "6", "5", "6", "5", "7"])
+    ],
     # For one test only: single requests get their scripts in order of arrival.
     "client: what is 5 + 2 =": [
         trace("A", 30, "7"), trace("A", 34, "7"), trace("A", 40, "7"), *[trace("B", 200, "8")] * 5,

@@ -1,6 +1,7 @@
 """The serving benchmark's pure parts: the rivals' rules on a fake source, ratios, loads."""
 
 import asyncio
+import json
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from benchmarks.clients import (
     rival,
     top_two,
 )
-from benchmarks.serving import Results
+from benchmarks.serving import Results, main, results_folder
 from benchmarks.serving_cells import (
     BY_NAME,
     CELLS,
@@ -269,6 +270,35 @@ def test_results_survive_a_cut_and_forget_what_is_played_again(tmp_path):
     assert Results(tmp_path).missing(cell, ["plain", "latency"]) == ["latency"]
     results.forget([cell])
     assert list(Results(tmp_path).passes) == [("two16-real", "plain")]
+
+
+def test_a_length_of_flat_steps_has_passes_and_a_report_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = question_set(2)
+    kept = Results(results_folder(2, 10.0))
+    for policy in ("plain", "balanced", PLAIN_AGAIN):
+        one = a_pass(policy, 2.0, answers=[question.answer for question in asked])
+        kept.add(replace(one, cell="two16-flat"))
+    assert kept.path.parent != results_folder(2) == results_folder(2, 25.0)
+    out = tmp_path / "serving.json"
+    # Every pass of 10 ms steps is there, so no server is needed for the report.
+    monkeypatch.setattr(
+        "sys.argv",
+        ["serving", "--cells", "two16-flat", "--policies", "balanced", "--questions", "2",
+         "--flat-step-ms", "10", "--json", str(out)],
+    )  # fmt: skip
+    main()
+    report = json.loads(out.read_text())
+    assert report["flat_step_ms"] == 10
+    assert [row["policy"] for row in report["rows"]] == ["plain", "balanced", PLAIN_AGAIN]
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "nan", "inf"])
+def test_steps_of_no_length_are_refused(text, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["serving", f"--flat-step-ms={text}"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--flat-step-ms" in capsys.readouterr().err
 
 
 def test_a_plot_is_written(tmp_path):
