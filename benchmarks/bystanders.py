@@ -62,8 +62,15 @@ def bystander(url: str, seed: int) -> list[float]:
 def groups(url: str, n: int) -> Iterator[None]:
     """Groups of n, one after the other, until the block ends."""
     is_over = threading.Event()
+    errors: list[Exception] = []
 
     def ask() -> None:
+        try:
+            ask_all()
+        except Exception as error:  # raised below: without groups there is nothing to measure
+            errors.append(error)
+
+    def ask_all() -> None:
         for question in questions(50_000, 10_000, "middle"):
             if is_over.is_set():
                 return
@@ -83,6 +90,8 @@ def groups(url: str, n: int) -> Iterator[None]:
     finally:
         is_over.set()
         thread.join()
+    if errors:
+        raise errors[0]
 
 
 def judge_of(server: LocalServer) -> psutil.Process | None:

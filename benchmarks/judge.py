@@ -113,7 +113,7 @@ def ways_of(model: str, names: Sequence[str]) -> Iterator[Iterator[Way]]:
                     judge.prompts.tokenizer.save_pretrained(folder)
                     flags = ("--dtype", "float32", "--sleep-on-idle")
                     with LocalServer(folder, *flags, max_total_tokens=60_000) as server:
-                        remote = RemoteJudge(server.url, timeout_s=600)
+                        remote = RemoteJudge(server.url, budget_s=600)
                         yield Way(name, remote.score, lambda: None)
 
     yield ways()

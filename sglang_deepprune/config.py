@@ -255,9 +255,11 @@ class DeepPruneConfig:
     @property
     def prunes_by_judge(self) -> bool:
         """`paper` always lets the judge prune, `collect` never; the others where a card allows."""
-        if self.preset == "collect":
+        if _PRESETS[self.preset].prunes:
+            return True
+        if not self.card_taus or self.preset == "collect":  # asked at every vote and window
             return False
-        return _PRESETS[self.preset].prunes or self.cut_name in dict(self.card_taus)
+        return self.cut_name in dict(self.card_taus)
 
     @property
     def is_judged(self) -> bool:

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from sglang_deepprune.judges.lm_prompt import Prompt, PromptWriter, load_settings
+from sglang_deepprune.judges.lm_prompt import Prompt, PromptWriter, load_settings, score_readable
 from sglang_deepprune.judges.packed import Packed
 from sglang_deepprune.types import Pair
 
@@ -32,9 +32,9 @@ class LLMJudge:
 
     name = "llm"
 
-    def __init__(self, path: str, device: str | None = None) -> None:
+    def __init__(self, path: str) -> None:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-        self.model, tokenizer = load_model(path, device)
+        self.model, tokenizer = load_model(path)
         limit = int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
         folder = path if Path(path).is_dir() else None
         self.prompts = PromptWriter(tokenizer, load_settings(folder), limit)
@@ -45,15 +45,7 @@ class LLMJudge:
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """[num_pairs] float32; see `Judge.score`."""
-        scores = np.full(len(pairs), np.nan, dtype=np.float32)
-        readable = [
-            place for place, pair in enumerate(pairs)
-            if pair.left.text.strip() and pair.right.text.strip()
-        ]  # fmt: skip
-        if readable:
-            found = self.score_prompts(self.prompts.write([pairs[i] for i in readable]))
-            scores[readable] = found
-        return scores
+        return score_readable(pairs, lambda own: self.score_prompts(self.prompts.write(own)))
 
     @property
     def tokens_read(self) -> int:
@@ -139,11 +131,12 @@ class LabelHead:
         return False
 
 
-def load_model(path: str, device: str | None = None) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) from a folder, a GGUF file or a hub name."""
+def load_model(path: str) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) from a folder, a GGUF file or a hub name; on a GPU if this
+    process may see one."""
     logging.disable_progress_bar()  # this process shares the server's terminal
     place = Path(path)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     # On a CPU half precision is slower and rounds more than the pairs differ.
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     source, options = path, {}

@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sglang_deepprune.types import Pair
 
@@ -160,6 +162,20 @@ class PromptWriter:
             raise PromptError("the model's chat template does not keep the prompt as it is")
         opening, between, middle, closing = map(self._plain, parts)
         return opening, between, middle, closing
+
+
+def score_readable(
+    pairs: Sequence[Pair], score: Callable[[Sequence[Pair]], np.ndarray]
+) -> np.ndarray:
+    """[num_pairs] float32: `score` of the pairs that can be read; NaN for a trace without text."""
+    scores = np.full(len(pairs), np.nan, dtype=np.float32)
+    readable = [
+        place for place, pair in enumerate(pairs)
+        if pair.left.text.strip() and pair.right.text.strip()
+    ]  # fmt: skip
+    if readable:
+        scores[readable] = score([pairs[place] for place in readable])
+    return scores
 
 
 def _label_ids(tokenizer: Any, labels: Sequence[str]) -> tuple[int, int]:

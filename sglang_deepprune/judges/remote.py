@@ -6,8 +6,11 @@ The tokenizer is the one that the server names, if it is readable here, else TOK
 a hub name). TLS certificates are verified, redirects are not followed, and the API key comes from
 the environment variable DEEPPRUNE_JUDGE_API_KEY.
 
-A request that fails is tried again with a back-off. When several in a row have failed the circuit
-opens: for a while nothing is sent and every call fails at once, which prunes nothing.
+A call has a budget of seconds, below the worker's default deadline: it ends by itself, because a
+process that is killed forgets its circuit and is switched off after a few restarts. Within it, what
+failed is tried again with a back-off. When several calls in a row have failed the circuit opens:
+for a while nothing is sent and every call fails at once, which prunes nothing; then the next call
+tries again, for as long as the server runs.
 """
 
 from __future__ import annotations
@@ -25,7 +28,12 @@ from typing import Any
 import numpy as np
 
 from sglang_deepprune.clustering import JudgeError
-from sglang_deepprune.judges.lm_prompt import Prompt, PromptWriter, load_settings
+from sglang_deepprune.judges.lm_prompt import (
+    Prompt,
+    PromptWriter,
+    load_settings,
+    score_readable,
+)
 from sglang_deepprune.types import Pair
 
 KEY_VARIABLE = "DEEPPRUNE_JUDGE_API_KEY"
@@ -67,12 +75,13 @@ class RemoteJudge:
     name = "remote"
 
     def __init__(
-        self, target: str, *, timeout_s: float = 5.0, retries: int = 2, backoff_s: float = 0.2,
+        self, target: str, *, budget_s: float = 8.0, retries: int = 2, backoff_s: float = 0.2,
         circuit: Circuit | None = None,
     ):  # fmt: skip
         url, _, self._tokenizer = target.partition(",")
         self.url = url.rstrip("/")
-        self.timeout_s = timeout_s
+        self.budget_s = budget_s
+        self._until = math.inf  # when the call that runs must have ended
         self.retries = retries
         self.backoff_s = backoff_s
         self.circuit = circuit or Circuit()
@@ -94,18 +103,14 @@ class RemoteJudge:
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """[num_pairs] float32; see `Judge.score`. Raises `JudgeError` when the server does not
         answer or the circuit is open."""
-        scores = np.full(len(pairs), np.nan, dtype=np.float32)
-        readable = [
-            place for place, pair in enumerate(pairs)
-            if pair.left.text.strip() and pair.right.text.strip()
-        ]  # fmt: skip
-        if not readable:
-            return scores
+        return score_readable(pairs, self._score)
+
+    def _score(self, pairs: Sequence[Pair]) -> np.ndarray:
         if self.circuit.is_open:
             raise JudgeError("the judge's server has failed several times; it has a pause")
+        self._until = time.monotonic() + self.budget_s
         try:
-            prompts = self.prompts.write([pairs[place] for place in readable])
-            scores[readable] = self._score_prompts(prompts)
+            scores = self._score_prompts(self.prompts.write(pairs))
         except JudgeError:
             self.circuit.failed()
             raise
@@ -148,12 +153,16 @@ class RemoteJudge:
         if key:
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
+        reason = "no time is left"
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.backoff_s * 2 ** (attempt - 1))
+            left = self._until - time.monotonic()
+            if left <= 0:
+                break
             request = urllib.request.Request(self.url + path, data, headers)
             try:
-                with self._opener.open(request, timeout=self.timeout_s) as reply:
+                with self._opener.open(request, timeout=min(left, 3600)) as reply:
                     return json.loads(reply.read(_MOST_BYTES))
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +12,23 @@ import pytest
 
 from sglang_deepprune import collect, traces
 from sglang_deepprune.cli import main
+from tests.unit.fake_http import FakeHandler, FakeServer, running
 
 
-class Fake(ThreadingHTTPServer):
+class Fake(FakeServer):
     """Answers as an OpenAI-compatible server; `errors` come first."""
-
-    request_queue_size = 64
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[tuple[str, dict[str, Any], str | None]] = []
         self.errors: list[int] = []
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(FakeHandler):
     server: Fake
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.read_json()
         self.server.asked.append((self.path, body, self.headers.get("Authorization")))
         status = self.server.errors.pop(0) if self.server.errors else 200
         seed, is_chat = body["seed"], "chat" in self.path
@@ -49,25 +42,15 @@ class Handler(BaseHTTPRequestHandler):
                 {"content": [{"logprob": -0.5}]} if is_chat else {"token_logprobs": [-0.5]}
             )
         reply = {"choices": [choice], "usage": {"completion_tokens": 9}}
-        data = json.dumps(reply if status == 200 else {"message": "no"}).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.send_json(status, reply if status == 200 else {"message": "no"})
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     server = Fake()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with running(server):
+        yield server
 
 
 @pytest.fixture

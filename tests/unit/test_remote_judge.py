@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,15 @@ import numpy as np
 import pytest
 
 from sglang_deepprune.clustering import JudgeError
-from sglang_deepprune.config import ConfigError
+from sglang_deepprune.config import ConfigError, DeepPruneConfig
 from sglang_deepprune.judges import check_judge
 from sglang_deepprune.judges.remote import KEY_VARIABLE, Circuit, RemoteJudge
 from sglang_deepprune.types import Pair, Trace
 from tests import lm_judge
+from tests.unit.fake_http import FakeHandler, FakeServer, running
 
 
-class Fake(ThreadingHTTPServer):
+class Fake(FakeServer):
     """Scores an item by its length; `errors` come first, `reply` replaces the scores."""
 
     def __init__(self, model: Path) -> None:
@@ -30,50 +29,34 @@ class Fake(ThreadingHTTPServer):
         self.keys: list[str | None] = []
         self.errors: list[int] = []
         self.reply: Any = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        self.delay_s = 0.0
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(FakeHandler):
     server: Fake
 
     def do_GET(self) -> None:
         names = {"/get_model_info": {"tokenizer_path": str(self.server.model)},
                  "/get_server_info": {"context_length": 512}}  # fmt: skip
-        self._send(200, names[self.path])
+        self.send_json(200, names[self.path])
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.read_json()
+        time.sleep(self.server.delay_s)
         self.server.asked.append(body)
         self.server.keys.append(self.headers.get("Authorization"))
         status = self.server.errors.pop(0) if self.server.errors else 200
         scores = [[1 / len(item), 1 - 1 / len(item)] for item in body["items"]]
         reply = self.server.reply if self.server.reply is not None else {"scores": scores}
-        self._send(status, reply)
-
-    def _send(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        if status == 302:
-            self.send_header("Location", self.server.url + "/get_model_info")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        elsewhere = {"Location": f"{self.server.url}/get_model_info"} if status == 302 else {}
+        self.send_json(status, reply, **elsewhere)
 
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[Fake]:
     server = Fake(lm_judge.make_base(tmp_path))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with running(server):
+        yield server
 
 
 def traces(count: int) -> list[Trace]:
@@ -143,6 +126,24 @@ def test_after_failures_in_a_row_the_circuit_opens_and_closes_again(fake: Fake):
     now[0] = 62
     judge.score([pair])
     assert not circuit.is_open
+
+
+def test_a_server_that_hangs_ends_the_call_within_its_budget_and_opens_the_circuit(fake: Fake):
+    judge = RemoteJudge(fake.url, budget_s=0.3)
+    pair = Pair(*traces(2))
+    judge.score([pair])
+    fake.delay_s = 1.0
+    for _ in range(judge.circuit.limit):
+        start = time.monotonic()
+        with pytest.raises(JudgeError, match="does not answer"):
+            judge.score([pair])
+        assert time.monotonic() - start < 0.9
+    with pytest.raises(JudgeError, match="pause"):
+        judge.score([pair])
+
+
+def test_a_call_ends_before_the_workers_deadline_would_kill_it():
+    assert RemoteJudge("http://127.0.0.1:9").budget_s < DeepPruneConfig().judge_deadline_ms / 1e3
 
 
 def test_a_server_may_start_later_than_the_judge():
