@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from sglang_deepprune import policy
@@ -72,12 +73,33 @@ class Rows:
             return []  # they enter the queue inside the very pass that would admit the extras
         self._steps = 0
         groups = [run.group for run in self.coordinator.runs.values()]
+        order = chain.from_iterable(map(policy.fill_order, self._by_priority(groups)))
         fills: dict[str, Fill] = {}
-        for _, group in zip(range(self._num_free(groups)), policy.fill_order(groups), strict=False):
+        for _, group in zip(range(self._num_free(groups)), order, strict=False):
             known = fills.get(group.group_id)
             count = known.count + 1 if known else 1
             fills[group.group_id] = Fill(group.group_id, group.epoch, count)
         return list(fills.values())
+
+    def _by_priority(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
+        """Groups with held siblings, those that SGLang would serve first in front; all together
+        where it knows no priorities."""
+        if not self.scheduler.enable_priority_scheduling:
+            return [groups]
+        levels: dict[int, list[Group]] = {}
+        for group in groups:
+            held = group.held[0].index if group.has_held else -1
+            req = self.engine.req_of(group.group_id, held)
+            if req is not None:
+                levels.setdefault(self._urgency(req), []).append(group)
+        return [levels[urgency] for urgency in sorted(levels, reverse=True)]
+
+    def _urgency(self, req: Any) -> int:
+        """Higher is served first."""
+        if not self.scheduler.enable_priority_scheduling:
+            return 0
+        sign = -1 if self.scheduler.schedule_low_priority_values_first else 1
+        return sign * int(req.priority)
 
     def _num_free(self, groups: Sequence[Group]) -> int:
         batch, last = self.scheduler.running_batch, self.scheduler.last_batch
@@ -158,15 +180,17 @@ class Rows:
             batch.batch_is_full = self._was_full
 
     def yield_rows(self, batch: Any, count: int) -> int:
-        """Take up to `count` rows from the youngest running extras; how many there were."""
+        """Take up to `count` rows from running extras, of the least priority and then the youngest
+        first; how many there were."""
         running = {
             req.rid: place
             for place, req in enumerate(batch.reqs)
             if req.rid in self.extras and can_be_released(req)
         }
-        youngest = [rid for rid in reversed(self.extras) if rid in running][:count]
-        self.release(batch, [running[rid] for rid in youngest])
-        return len(youngest)
+        youngest = [running[rid] for rid in reversed(self.extras) if rid in running]
+        places = sorted(youngest, key=lambda place: self._urgency(batch.reqs[place]))[:count]
+        self.release(batch, places)
+        return len(places)
 
     def release(self, batch: Any, places: Sequence[int]) -> list[Any]:
         """Take these rows of the running batch; their requests wait within their groups again."""

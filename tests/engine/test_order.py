@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 
+from benchmarks import bench_plugin
 from tests.engine import scenario
 from tests.engine.conftest import COMMON, MARKER
 from tests.engine.server import Server
-from tests.engine.test_groups import DECIDE, ask, group_of, states
-from tests.engine.test_lazy import LONG, server_load
+from tests.engine.test_fill import joined
+from tests.engine.test_groups import ask, group_of, states
+from tests.engine.test_lazy import DISAGREE, LONG, server_load
 
 pytestmark = pytest.mark.stacks
 
-ROWS = 2
+ROWS, FLAT_ROWS = 2, 8
 TWO_AT_A_TIME = {"preset": "balanced", "base": 2, "widen": 0.0, "eps": 0.0}
 LOW, HIGH = 0, 5  # within SGLang's preemption threshold of 10: only the queue's order changes
 URGENT = 100  # beyond it
@@ -39,6 +41,18 @@ def lpm(tiny: Any, scripts_env: Any) -> Iterator[Server]:
 def priority(tiny: Any, scripts_env: Any) -> Iterator[Server]:
     flags = ("--enable-priority-scheduling", "--max-running-requests", str(ROWS))
     with Server(tiny, *COMMON, *MARKER, *flags, env=scripts_env) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def flat(tiny: Any, scripts_env: Any, tmp_path_factory: Any) -> Iterator[Server]:
+    """With priorities, and rows that cost nothing."""
+    bench = bench_plugin.plugin_env(
+        tmp_path_factory.mktemp("bench"), flat_ms=15.0, is_deepprune_on=True
+    )
+    flags = ("--enable-priority-scheduling", "--max-running-requests", str(FLAT_ROWS),
+             "--deepprune-fill", "0.25")  # fmt: skip
+    with Server(tiny, *COMMON, *MARKER, *flags, env=joined(scripts_env, bench)) as server:
         yield server
 
 
@@ -141,7 +155,7 @@ def test_a_stranger_is_served_as_soon_as_the_vote_is_decided(lpm: Server):
 
     def vote() -> None:
         waiting.set()
-        found.extend(ask(lpm, DECIDE, 12, {**TWO_AT_A_TIME, "eps": 0.05}))
+        found.extend(ask(lpm, LONG, 12, {**TWO_AT_A_TIME, "eps": 0.05}))
 
     thread = threading.Thread(target=vote)
     thread.start()
@@ -150,7 +164,7 @@ def test_a_stranger_is_served_as_soon_as_the_vote_is_decided(lpm: Server):
     stranger = ordinary(lpm, "pqr: nothing of it is cached", 8).join()
     thread.join()
     assert stranger.last[0]["meta_info"]["completion_tokens"] == 8
-    assert states(found)[:3] == ["finished"] * 3 and group_of(found)["answer"] == "7"
+    assert states(found)[:3] == ["finished"] * 3 and group_of(found)["answer"] == "1"
     assert "not_started" in states(found)
     settled(lpm)
 
@@ -209,6 +223,22 @@ def test_an_urgent_request_preempts_a_sibling_which_goes_on_with_its_text(priori
         assert siblings.last[index]["text"] == scenario.PROMPTS[LONG][index]
     assert priority.log_lines("deepprune-counts")[-1]["retracted"] >= 1
     settled(priority)
+
+
+def test_free_rows_go_to_the_group_of_the_higher_priority(flat: Server):
+    ask(flat, DISAGREE, 12, TWO_AT_A_TIME)  # the server learns that rows cost nothing
+    first = group(flat, LONG, 12, HIGH)
+    wait_for(flat, running=FLAT_ROWS)
+    time.sleep(1.0)  # its first traces end well before those of the second group
+    second = group(flat, LONG, 12, LOW)  # takes two rows from the first group's extras
+    for client in (first, second):
+        client.join()
+    # By then the first group has eight votes and the second none: without priorities, the
+    # second group's siblings would be next.
+    assert max(first.began.values()) < min(second.began[index] for index in range(2, 12))
+    assert states_of(first) == states_of(second) == ["finished"] * 12
+    assert flat.log_lines("deepprune-counts")[-1]["yielded"] >= 2
+    settled(flat)
 
 
 def states_of(client: Client) -> list[str]:
