@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ from sglang_deepprune import sequential
 from sglang_deepprune.types import ABSENT, Assignment, JudgeTask, Pair, Trace
 
 Score = Callable[[Sequence[Pair]], npt.NDArray[np.floating]]  # [num_pairs], P(same answer)
+Placed = tuple[tuple[Assignment, ...], int, int]  # also: pairs that were scored, and their tokens
+# Asks for pairs, is sent what `checked` makes of their scores, ends with the placement.
+Placing = Generator[list[Pair], list[float], Placed]
 
 _SLACK = 1e-6  # rounding that a probability may leave [0, 1] by
 
@@ -36,8 +39,20 @@ class JudgeError(Exception):
     """A judge's answer that is no list of probabilities. The task gets no verdict."""
 
 
-def place(task: JudgeTask, score: Score) -> tuple[tuple[Assignment, ...], int, int]:
-    """Place `task.traces` in order. Also: pairs that the judge scored, and their tokens."""
+def place(task: JudgeTask, score: Score) -> Placed:
+    """Place `task.traces` in order."""
+    steps = placing(task)
+    try:
+        asked = next(steps)
+        while True:
+            asked = steps.send(checked(score(asked), len(asked)))
+    except StopIteration as end:
+        placed: Placed = end.value
+        return placed
+
+
+def placing(task: JudgeTask) -> Placing:
+    """`place` step by step, so that the questions of many groups can be asked together."""
     known = {trace.sibling: trace for trace in (*task.members, *task.traces)}
     clusters = [list(cluster) for cluster in task.clusters]
     assignments: list[Assignment] = []
@@ -45,9 +60,9 @@ def place(task: JudgeTask, score: Score) -> tuple[tuple[Assignment, ...], int, i
     for trace in task.traces:
         drawn = [_draw(task, trace.sibling, j, c, known) for j, c in enumerate(clusters)]
         if task.compare == "full" or task.tau >= 1:
-            similarities, asked = _similarities(trace, drawn, score)
+            similarities, asked = yield from _similarities(trace, drawn, task)
         else:
-            similarities, asked = _until_clear(trace, drawn, score, task)
+            similarities, asked = yield from _until_clear(trace, drawn, task)
         num_pairs += len(asked)
         num_tokens += sum(pair.left.num_tokens + pair.right.num_tokens for pair in asked)
         cluster, similarity = _choose(similarities, task.tau, task.max_clusters)
@@ -86,38 +101,37 @@ def _draw(
     return [known[member] for member in here]
 
 
-def _similarities(
-    trace: Trace, drawn: Sequence[Sequence[Trace]], score: Score
-) -> tuple[list[float], list[Pair]]:
+_Means = Generator[list[Pair], list[float], tuple[list[float], list[Pair]]]
+
+
+def _similarities(trace: Trace, drawn: Sequence[Sequence[Trace]], task: JudgeTask) -> _Means:
     """sim(trace, c) of every cluster, with one call of the judge; and the pairs that it got."""
     facts = [[_known_same(trace, member) for member in members] for members in drawn]
     asked = [
-        Pair(trace, member)
+        Pair(trace, member, task.group_id)
         for members, row in zip(drawn, facts, strict=True)
         for member, fact in zip(members, row, strict=True)
         if fact is None
     ]
-    scores = iter(_checked(score(asked), len(asked)) if asked else ())
+    scores = iter((yield asked) if asked else ())
     rows = [[next(scores) if fact is None else fact for fact in row] for row in facts]
     return [_mean(row) for row in rows], asked
 
 
-def _until_clear(
-    trace: Trace, drawn: Sequence[Sequence[Trace]], score: Score, task: JudgeTask
-) -> tuple[list[float], list[Pair]]:
+def _until_clear(trace: Trace, drawn: Sequence[Sequence[Trace]], task: JudgeTask) -> _Means:
     """The same with no more pairs than the placement needs, one at a time (`sequential.py`)."""
     asked: list[Pair] = []
-
-    def ask(cluster: int, place: int) -> float:
-        asked.append(Pair(trace, drawn[cluster][place]))
-        return _checked(score(asked[-1:]), 1)[0]
-
     facts = [[_known_same(trace, member) for member in members] for members in drawn]
     is_exclusive = task.compare == "exclusive"
-    means = sequential.similarities(
-        facts, ask, task.tau, task.compare_error, is_exclusive=is_exclusive
-    )
-    return means, asked
+    steps = sequential.similarities(facts, task.tau, task.compare_error, is_exclusive=is_exclusive)
+    try:
+        cluster, place = next(steps)
+        while True:
+            asked.append(Pair(trace, drawn[cluster][place], task.group_id))
+            (score,) = yield asked[-1:]
+            cluster, place = steps.send(score)
+    except StopIteration as end:
+        return end.value, asked
 
 
 def _known_same(left: Trace, right: Trace) -> float | None:
@@ -138,7 +152,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(usable) / len(usable) if usable else math.nan
 
 
-def _checked(scores: object, num_pairs: int) -> list[float]:
+def checked(scores: object, num_pairs: int) -> list[float]:
     """The scores as probabilities or NaN; JudgeError for anything else."""
     if not isinstance(scores, np.ndarray) or not np.issubdtype(scores.dtype, np.floating):
         kind = scores.dtype if isinstance(scores, np.ndarray) else type(scores).__name__

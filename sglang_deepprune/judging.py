@@ -1,6 +1,6 @@
 """The judge beside the engine: a child process that scores and clusters, and its keeper.
 
-Child side: `make_worker` loads the judge and answers batches of JudgeTasks, one group each.
+Child side: `make_worker` loads the judge and answers batches of JudgeTasks (`batcher.py`).
 Parent side: `JudgeWorker` queues, hands over, keeps the deadline and restarts. It runs on the
 scheduler's thread, so no method of it waits: not for the judge, not for a back-off.
 
@@ -16,18 +16,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TypeGuard
 
-import numpy as np
-
+from sglang_deepprune.batcher import Batcher
 from sglang_deepprune.child import Child
-from sglang_deepprune.clustering import JudgeError, place
 from sglang_deepprune.judges import OWN, is_remote_model, load_judge
-from sglang_deepprune.types import JudgeResult, JudgeTask, Pair
+from sglang_deepprune.types import JudgeResult, JudgeTask
 
 LOAD_LIMIT_S = 120.0
 DOWNLOAD_LIMIT_S = 3600.0  # of a model that the hub has to send first
@@ -37,47 +33,13 @@ _BUDGET_SHARE = 0.5  # of the deadline, after which the child starts no further 
 _FIRST_BACKOFF_S = 0.5
 _LOG = logging.getLogger(__name__)
 
-Answer = Callable[[list[JudgeTask]], list[JudgeResult]]
+Answer = Callable[[tuple[list[JudgeTask], list[str]]], list[JudgeResult]]
 
 
 def make_worker(spec: str, budget_s: float = math.inf) -> Answer:
-    """Child side. Answers a batch's first tasks: at least one, then as many as `budget_s` allows.
-
-    What is left over comes back with a later batch, so that many groups at once make a queue
-    and not a time-out.
-    """
-    judge = load_judge(spec)
-
-    def answer(tasks: list[JudgeTask]) -> list[JudgeResult]:
-        start = time.monotonic()
-        results: list[JudgeResult] = []
-        for task in tasks:
-            if results and time.monotonic() - start > budget_s:
-                break
-            results.append(_judge(task, judge.score))
-        return results
-
-    return answer
-
-
-def _judge(task: JudgeTask, score: Callable[[Sequence[Pair]], np.ndarray]) -> JudgeResult:
-    """One task's result; whatever is raised stays with this task."""
-    start = time.monotonic()
-    try:
-        assignments, num_pairs, num_tokens = place(task, score)
-    except Exception as error:
-        spent_ms = (time.monotonic() - start) * 1e3
-        return JudgeResult(task.group_id, task.epoch, elapsed_ms=spent_ms, error=_reason(error))
-    spent_ms = (time.monotonic() - start) * 1e3
-    return JudgeResult(task.group_id, task.epoch, assignments, num_pairs, num_tokens, spent_ms)
-
-
-def _reason(error: Exception) -> str:
-    """Type and place. A judge's own message is left out: it may quote a trace."""
-    if isinstance(error, JudgeError):
-        return f"JudgeError: {error}"
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: raised at {Path(frame.filename).name}:{frame.lineno}"
+    """Child side: (tasks, groups that have ended) -> results of the first tasks (`batcher.py`)."""
+    batcher = Batcher(load_judge(spec), budget_s)
+    return lambda request: batcher(*request)
 
 
 def child_env(spec: str, device: str = "cpu") -> dict[str, str]:
@@ -118,6 +80,8 @@ class JudgeWorker:
         self._waiting: deque[JudgeTask] = deque()
         self._batch: list[JudgeTask] = []  # handed over
         self._forgotten: set[str] = set()  # groups of `_batch` that were dropped
+        self._ended: list[str] = []  # groups that the process may forget, and was not told of yet
+        self._seen: set[str] = set()  # groups that it was asked about, and that have not ended
         self._done: list[JudgeResult] = []  # for the next poll
         self._num_faults = 0  # in a row
         self._launch_at = 0.0
@@ -171,6 +135,9 @@ class JudgeWorker:
         self._done = [result for result in self._done if result.group_id != group_id]
         if any(task.group_id == group_id for task in self._batch):
             self._forgotten.add(group_id)
+        if group_id in self._seen:
+            self._seen.discard(group_id)
+            self._ended.append(group_id)
 
     def close(self) -> None:
         """End the process and forget all tasks."""
@@ -214,9 +181,12 @@ class JudgeWorker:
         child = self._child
         # A child that died since the last poll is that poll's to report: `Child.start` would
         # launch it anew past the back-off.
-        if self._waiting and child.is_ready and not child.is_busy and child.is_alive:
+        is_free = child.is_ready and not child.is_busy and child.is_alive
+        if is_free and (self._waiting or self._ended):
             self._batch = self._take()
-            child.start(self._batch)
+            self._seen |= {task.group_id for task in self._batch}
+            ended, self._ended = self._ended, []
+            child.start((self._batch, ended))
 
     def _take(self) -> list[JudgeTask]:
         """The first waiting task of each group, up to a batch's size."""
@@ -270,6 +240,8 @@ class JudgeWorker:
             self._launch_at = time.monotonic() + pause
 
     def _launch(self) -> None:
+        self._ended.clear()  # a new process knows of no group
+        self._seen.clear()
         try:
             self._child.launch()
         except OSError as error:  # out of processes, memory or descriptors
@@ -293,7 +265,8 @@ def _is_answer(results: object, batch: list[JudgeTask]) -> TypeGuard[list[JudgeR
     """Whether these are results of the batch's first tasks, in order."""
     return (
         isinstance(results, list)
-        and 0 < len(results) <= len(batch)
+        and bool(results) == bool(batch)
+        and len(results) <= len(batch)
         and all(
             isinstance(result, JudgeResult)
             and (result.group_id, result.epoch) == (task.group_id, task.epoch)

@@ -19,14 +19,15 @@ Ties go as in `clustering`: to the older cluster. Pure, as everything here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
 _PRIOR_SD = 0.25  # of the scores inside a cluster, before any is known
 _PRIOR_WEIGHT = 2  # in scores
 
-Ask = Callable[[int, int], float]  # (cluster, place among its drawn members) -> P(same) or NaN
+# Asks about (cluster, place among its drawn members), is sent P(same) or NaN; ends with the means.
+Comparing = Generator[tuple[int, int], float, list[float]]
 
 
 @dataclass(slots=True)
@@ -74,13 +75,12 @@ class Side:
 
 def similarities(
     facts: Sequence[Sequence[float | None]],
-    ask: Ask,
     tau: float,
     error: float,
     *,
     is_exclusive: bool = False,
-) -> list[float]:
-    """[num_clusters] mean as far as it was found out; NaN: nothing is known of it.
+) -> Comparing:
+    """Ends with the mean of each cluster as far as it was found out; NaN: nothing is known of it.
 
     The largest of those above tau is where the trace belongs; none above: nowhere.
     """
@@ -94,7 +94,7 @@ def similarities(
         if which is None:
             return [_settled(side, bound) for side, bound in zip(sides, bounds, strict=True)]
         place = sides[which].left.pop(0)
-        sides[which].learn(ask(which, place))
+        sides[which].learn((yield which, place))
 
 
 def _excluded(bounds: list[tuple[float, float]]) -> list[tuple[float, float]]:

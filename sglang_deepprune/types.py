@@ -38,6 +38,7 @@ class Pair:
 
     left: Trace
     right: Trace
+    group_id: str = ""  # whose they are; a judge may forget what it kept for a group that ends
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,14 @@ def same(value: float = 1.0) -> ScriptedJudge:
     return ScriptedJudge(lambda pairs: np.full(len(pairs), value, dtype=np.float32))
 
 
+def forgetful() -> ScriptedJudge:
+    """Different answers, until it was told of a group that has ended: the same ones then."""
+    ended: list[str] = []
+    judge = ScriptedJudge(lambda pairs: np.full(len(pairs), bool(ended), dtype=np.float32))
+    judge.forget = ended.extend  # type: ignore[attr-defined]
+    return judge
+
+
 def no_verdict() -> ScriptedJudge:
     return same(float("nan"))
 

@@ -37,6 +37,9 @@ class Judge(Protocol):
     ----------
     name : str
         Short name for logs and metrics.
+
+    Optional: `mixes_groups = True` lets one call hold the pairs of several groups;
+    `forget(group_ids)` tells which groups have ended.
     """
 
     name: str

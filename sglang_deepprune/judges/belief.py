@@ -116,6 +116,7 @@ class BeliefJudge:
     """
 
     name = "belief"
+    mixes_groups = True
 
     def __init__(self, path: str | Path = EMBEDDED) -> None:
         self.weights = load_weights(path)

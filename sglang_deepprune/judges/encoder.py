@@ -30,6 +30,7 @@ class EncoderJudge:
     """NaN: a text without tokens."""
 
     name = "encoder"
+    mixes_groups = True
 
     def __init__(self, path: str = "") -> None:
         torch.set_num_threads(1)

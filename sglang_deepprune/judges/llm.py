@@ -31,6 +31,7 @@ class LLMJudge:
     """See the module. NaN: a trace without text."""
 
     name = "llm"
+    mixes_groups = True
 
     def __init__(self, path: str) -> None:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
@@ -46,6 +47,11 @@ class LLMJudge:
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """[num_pairs] float32; see `Judge.score`."""
         return score_readable(pairs, lambda own: self.score_prompts(self.prompts.write(own)))
+
+    def forget(self, group_ids: Sequence[str]) -> None:
+        """Keys and values that were kept for groups that have ended."""
+        if self.packed is not None:
+            self.packed.prefixes.forget(group_ids)
 
     @property
     def tokens_read(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ SETTINGS_FILE = "deepprune_judge.json"  # beside a judge's weights; written by t
 PROBLEM_CHARS = 2000  # the end of it, where the question stands
 _FIELDS = ("{problem}", "{first}", "{second}")
 _MARK = "\ue000{}\ue001"  # private use: no template and no tokenizer gives them a meaning
-_MAX_CACHED = 4096
+_MAX_CACHED_TOKENS = 4_000_000  # 16 MB
 
 
 class PromptError(ValueError):
@@ -81,6 +82,7 @@ class Prompt:
 
     prefix: tuple[int, ...]  # instruction, problem, first trace
     rest: tuple[int, ...]  # second trace, closing words; never empty
+    group_id: str = ""
 
 
 class PromptWriter:
@@ -104,7 +106,8 @@ class PromptWriter:
         self._control = re.compile("|".join(map(re.escape, longest_first))) if names else None
         self._fixed = self._template(settings.prompt)
         self._room = max_tokens - sum(len(part) for part in self._fixed)
-        self._cache: OrderedDict[str, list[int]] = OrderedDict()
+        self._cache: OrderedDict[str, array[int]] = OrderedDict()
+        self._num_cached = 0  # tokens
 
     def write(self, pairs: Sequence[Pair]) -> list[Prompt]:
         """One prompt a pair, in order."""
@@ -118,15 +121,16 @@ class PromptWriter:
         most = max(16, (self._room - len(problem)) // 2)
         head, tail = (self.encode(trace.text.strip())[-most:] for trace in (first, second))
         prefix = [*opening, *problem, *between, *head, *middle]
-        return Prompt(tuple(prefix), (*tail, *closing))
+        return Prompt(tuple(prefix), (*tail, *closing), pair.group_id)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> array[int]:
         """Ids of a text that is data. Each text is read once while it is among the latest."""
         ids = self._cache.get(text)
         if ids is None:
-            ids = self._cache[text] = self._encode(text)
-            if len(self._cache) > _MAX_CACHED:
-                self._cache.popitem(last=False)
+            ids = self._cache[text] = array("i", self._encode(text))
+            self._num_cached += len(ids)
+            while self._num_cached > _MAX_CACHED_TOKENS and len(self._cache) > 1:
+                self._num_cached -= len(self._cache.popitem(last=False)[1])
         else:
             self._cache.move_to_end(text)
         return ids

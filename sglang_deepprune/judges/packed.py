@@ -17,7 +17,7 @@ Keys and values of the latest prefixes are kept, within a bound of bytes: compar
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ _TOLERANCE = {torch.float32: 1e-4}
 _OTHER_TOLERANCE = 3e-2  # half precision
 
 
-CACHE_BYTES = 512 << 20
+CACHE_BYTES = 512 << 20  # of prefixes, unless the judge's memory says otherwise
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # a layer: [tokens, kv_heads, head_dim] each
 Family = tuple[tuple[int, ...], list[int]]  # a prefix, and the places of its prompts
 
@@ -141,7 +141,8 @@ class Packed:
         self.tokens_read += ids.shape[1]
         hidden = self._hidden(ids, tree.positions[None, skipped:].long(), now)
         if not is_known:
-            self.prefixes.keep(prefixes, now.layers)
+            owners = [prompts[places[0]].group_id for _, places in families]
+            self.prefixes.keep(prefixes, now.layers, owners)
         last = tree.last_indices - skipped
         logs = label_head(hidden, self._norm.weight, self._rows, last, self._eps)
         return logs[:, 0].exp().float()
@@ -168,7 +169,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._items: OrderedDict[tuple[int, ...], KeyValues] = OrderedDict()
+        self._items: OrderedDict[tuple[int, ...], tuple[str, KeyValues]] = OrderedDict()
 
     def __contains__(self, prefix: tuple[int, ...]) -> bool:
         return prefix in self._items
@@ -177,31 +178,43 @@ class PrefixCache:
         self._items.clear()
         self.num_bytes = 0
 
+    def forget(self, owners: Iterable[str]) -> None:
+        """Drop what was kept for groups that have ended."""
+        ended = set(owners)
+        for prefix in [prefix for prefix, (owner, _) in self._items.items() if owner in ended]:
+            self._drop(prefix)
+
+    def _drop(self, prefix: tuple[int, ...]) -> None:
+        _, gone = self._items.pop(prefix)
+        self.num_bytes -= sum(k.nbytes + v.nbytes for k, v in gone)
+
     def together(self, prefixes: Sequence[tuple[int, ...]]) -> KeyValues:
         """Those of several prefixes, one after the other."""
         found = []
         for prefix in prefixes:
             self._items.move_to_end(prefix)
-            found.append(self._items[prefix])
+            found.append(self._items[prefix][1])
         return [
             (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
             for layer in zip(*found, strict=True)
         ]
 
-    def keep(self, prefixes: Sequence[tuple[int, ...]], layers: KeyValues) -> None:
-        """`layers`: those of all the prefixes, as `together` gives them."""
+    def keep(
+        self, prefixes: Sequence[tuple[int, ...]], layers: KeyValues, owners: Sequence[str]
+    ) -> None:
+        """`layers`: those of all the prefixes, as `together` gives them; `owners`: their groups."""
         start = 0
-        for prefix in prefixes:
+        for prefix, owner in zip(prefixes, owners, strict=True):
             rows = slice(start, start := start + len(prefix))
             size = sum(k[rows].nbytes + v[rows].nbytes for k, v in layers)
             if prefix in self._items or size > self.max_bytes:
                 continue
             # Copies: a slice would keep the whole pass in memory.
-            self._items[prefix] = [(k[rows].clone(), v[rows].clone()) for k, v in layers]
+            kept = [(k[rows].clone(), v[rows].clone()) for k, v in layers]
+            self._items[prefix] = owner, kept
             self.num_bytes += size
             while self.num_bytes > self.max_bytes:
-                _, gone = self._items.popitem(last=False)
-                self.num_bytes -= sum(k.nbytes + v.nbytes for k, v in gone)
+                self._drop(next(iter(self._items)))
 
 
 def passes(

@@ -73,6 +73,7 @@ class RemoteJudge:
     """See the module. NaN: a trace without text."""
 
     name = "remote"
+    mixes_groups = True
 
     def __init__(
         self, target: str, *, budget_s: float = 8.0, retries: int = 2, backoff_s: float = 0.2,

@@ -304,6 +304,20 @@ def test_a_dropped_group_has_no_result_wherever_it_was(make):
     assert [(r.group_id, r.epoch) for r in results] == [("kept", 0), ("handed over", 5)]
 
 
+def test_the_process_is_told_of_ended_groups_that_it_knows(make):
+    worker = make("forgetful")
+    worker.submit(task("a"))
+    (result,) = results_of(worker, 1)
+    assert {one.cluster for one in result.assignments} == {0, 1, 2}
+    worker.drop("never asked about")
+    worker.drop("a")
+    poll_until(worker, lambda: not worker._child.is_busy and not worker._ended)
+    worker.submit(task("b"))
+    (result,) = results_of(worker, 1)
+    # The judge says in its scores whom it forgot: all of "b" is then one cluster.
+    assert {one.cluster for one in result.assignments} == {0}
+
+
 def test_more_groups_than_the_queue_holds_are_refused(make, monkeypatch, caplog):
     monkeypatch.setattr("sglang_deepprune.judging._MAX_WAITING", 2)
     worker = make("hanging", deadline_s=60.0)

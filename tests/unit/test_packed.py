@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +81,24 @@ def test_the_prefixes_that_are_kept_are_bounded(judge: LLMJudge):
                 judge.score_padded(prompts), abs=1e-5
             )
             held = packed.prefixes._items.values()
-            size = sum(k.nbytes + v.nbytes for layers in held for k, v in layers)
+            size = sum(k.nbytes + v.nbytes for _, layers in held for k, v in layers)
             assert packed.prefixes.num_bytes == size <= 40_000
     finally:
         packed.prefixes = usual
+
+
+def test_what_was_kept_for_a_group_is_dropped_when_it_ends(judge: LLMJudge):
+    packed = judge.packed
+    assert packed is not None
+    packed.prefixes.clear()
+    prompts = forest(4, [[5, 9], [7]], 60)
+    owned = [replace(one, group_id=str(len(one.prefix))) for one in prompts]
+    judge.score_prompts(owned)
+    first, second = {one.prefix: one.group_id for one in owned}.items()
+    judge.forget([first[1], "unknown"])
+    assert first[0] not in packed.prefixes and second[0] in packed.prefixes
+    judge.forget([second[1]])
+    assert packed.prefixes.num_bytes == 0
 
 
 def test_a_shared_prefix_is_read_once(judge: LLMJudge):

@@ -63,6 +63,11 @@ def traces(count: int) -> list[Trace]:
     return [Trace(i, "so " * (i + 1) + "it is east", 4, "tokens") for i in range(count)]
 
 
+def pair() -> Pair:
+    left, right = traces(2)
+    return Pair(left, right)
+
+
 def test_pairs_with_one_prefix_are_one_request(fake: Fake):
     judge = RemoteJudge(fake.url)
     a, b, c, d = traces(4)
@@ -78,14 +83,14 @@ def test_pairs_with_one_prefix_are_one_request(fake: Fake):
 def test_the_key_comes_from_the_environment(fake: Fake, monkeypatch: pytest.MonkeyPatch):
     judge = RemoteJudge(fake.url)
     monkeypatch.setenv(KEY_VARIABLE, "secret")
-    judge.score([Pair(*traces(2))])
+    judge.score([pair()])
     assert fake.keys == ["Bearer secret"]
 
 
 def test_a_busy_server_is_asked_again(fake: Fake):
     judge = RemoteJudge(fake.url, backoff_s=0.01)
     fake.errors = [503, 429]
-    assert np.isfinite(judge.score([Pair(*traces(2))])).all()
+    assert np.isfinite(judge.score([pair()])).all()
     assert len(fake.asked) == 3
 
 
@@ -94,7 +99,7 @@ def test_what_will_not_get_better_is_not_asked_again(fake: Fake, status: int):
     judge = RemoteJudge(fake.url, backoff_s=0.01)
     fake.errors = [status]
     with pytest.raises(JudgeError, match=f"HTTP {status}"):
-        judge.score([Pair(*traces(2))])
+        judge.score([pair()])
     assert len(fake.asked) == 1
 
 
@@ -104,42 +109,42 @@ def test_a_reply_that_is_no_probability_is_an_error(fake: Fake, reply: Any):
     judge = RemoteJudge(fake.url)
     fake.reply = reply
     with pytest.raises(JudgeError):
-        judge.score([Pair(*traces(2))])
+        judge.score([pair()])
 
 
 def test_after_failures_in_a_row_the_circuit_opens_and_closes_again(fake: Fake):
     now = [0.0]
     circuit = Circuit(limit=2, pause_s=30, clock=lambda: now[0])
     judge = RemoteJudge(fake.url, retries=0, circuit=circuit)
-    pair = Pair(*traces(2))
+    asked = pair()
     fake.errors = [500, 500, 500]
     for _ in range(2):
         with pytest.raises(JudgeError, match="HTTP 500"):
-            judge.score([pair])
+            judge.score([asked])
     with pytest.raises(JudgeError, match="pause"):
-        judge.score([pair])
+        judge.score([asked])
     assert len(fake.asked) == 2  # nothing was sent
     now[0] = 31
     with pytest.raises(JudgeError, match="HTTP 500"):  # one trial, and it opens again
-        judge.score([pair])
+        judge.score([asked])
     assert circuit.is_open
     now[0] = 62
-    judge.score([pair])
+    judge.score([asked])
     assert not circuit.is_open
 
 
 def test_a_server_that_hangs_ends_the_call_within_its_budget_and_opens_the_circuit(fake: Fake):
     judge = RemoteJudge(fake.url, budget_s=0.3)
-    pair = Pair(*traces(2))
-    judge.score([pair])
+    asked = pair()
+    judge.score([asked])
     fake.delay_s = 1.0
     for _ in range(judge.circuit.limit):
         start = time.monotonic()
         with pytest.raises(JudgeError, match="does not answer"):
-            judge.score([pair])
+            judge.score([asked])
         assert time.monotonic() - start < 0.9
     with pytest.raises(JudgeError, match="pause"):
-        judge.score([pair])
+        judge.score([asked])
 
 
 def test_a_call_ends_before_the_workers_deadline_would_kill_it():
@@ -149,7 +154,7 @@ def test_a_call_ends_before_the_workers_deadline_would_kill_it():
 def test_a_server_may_start_later_than_the_judge():
     judge = RemoteJudge("http://127.0.0.1:9", retries=0)  # nobody is there yet
     with pytest.raises(JudgeError, match="does not answer"):
-        judge.score([Pair(*traces(2))])
+        judge.score([pair()])
 
 
 def test_what_is_no_url_is_refused_at_start():

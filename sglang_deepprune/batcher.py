@@ -1,0 +1,176 @@
+"""The judge's side of the child process: the questions of many groups, asked together.
+
+A window of one group asks in rounds (a trace is placed before the next one is compared, and with
+sequential comparisons every pair waits for the one before it). One group at a time, a language
+model reads one or a few prompts a pass. So several groups take their rounds side by side, and each
+round is one call of the judge, which packs it by its own token budget.
+
+Groups come in the order in which they were handed over; one batch holds one window of each
+(`judging.py`), so no group waits for two windows of another. How many go side by side follows from
+how fast the judge was so far: what is begun should end within the time that is left.
+
+Only a judge whose scores do not depend on the company in a call says so (`mixes_groups = True`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang_deepprune.clustering import JudgeError, Placed, checked, placing
+from sglang_deepprune.types import JudgeResult, JudgeTask, Pair
+
+MAX_CHUNK_TOKENS = 65_536  # of the pairs that groups side by side may ask about
+_KEPT_RATE = 0.5  # of the old rate, when a chunk has told a new one
+
+
+class Batcher:
+    """Answers batches of tasks with one judge.
+
+    Parameters
+    ----------
+    judge : Judge
+        With `mixes_groups = True` it gets the pairs of several groups in one call; with a method
+        `forget(group_ids)` it is told which groups have ended.
+    budget_s : float
+        Seconds after which no further task of a batch is begun.
+    """
+
+    def __init__(self, judge: Any, budget_s: float = math.inf):
+        self.judge = judge
+        self.budget_s = budget_s
+        self.is_mixing = bool(getattr(judge, "mixes_groups", False))
+        self._rate = 0.0  # tokens a second, as `expected_tokens` counts them; 0: not known yet
+
+    def __call__(self, tasks: Sequence[JudgeTask], ended: Sequence[str] = ()) -> list[JudgeResult]:
+        """Results of a batch's first tasks: at least one, then as many as the budget allows.
+
+        What is left over comes back with a later batch, so that many groups at once make a queue
+        and not a time-out.
+        """
+        if ended and hasattr(self.judge, "forget"):
+            self.judge.forget(ended)
+        end = time.monotonic() + self.budget_s
+        results: list[JudgeResult] = []
+        while len(results) < len(tasks):
+            left_s = end - time.monotonic()
+            if results and left_s <= 0:
+                break
+            chunk = self._chunk(tasks[len(results) :], left_s)
+            results += self._answer(chunk)
+        return results
+
+    def _chunk(self, tasks: Sequence[JudgeTask], left_s: float) -> Sequence[JudgeTask]:
+        """The first tasks that may go side by side: one at least."""
+        if not self.is_mixing or not self._rate:
+            return tasks[:1]
+        room = min(MAX_CHUNK_TOKENS, self._rate * left_s)
+        count, used = 1, expected_tokens(tasks[0])
+        while count < len(tasks) and used + (more := expected_tokens(tasks[count])) <= room:
+            count, used = count + 1, used + more
+        return tasks[:count]
+
+    def _answer(self, tasks: Sequence[JudgeTask]) -> list[JudgeResult]:
+        start = time.monotonic()
+        runs = [_Run(task) for task in tasks]
+        for run in runs:
+            run.begin()
+        while asking := [run for run in runs if run.asked]:
+            self._round(asking)
+        spent_s = time.monotonic() - start
+        if any(run.num_asked for run in runs) and spent_s > 0:
+            rate = sum(map(expected_tokens, tasks)) / spent_s
+            self._rate = _KEPT_RATE * self._rate + (1 - _KEPT_RATE) * rate if self._rate else rate
+        return [run.result() for run in runs]
+
+    def _round(self, runs: Sequence[_Run]) -> None:
+        """One call for what all of them ask; where that fails, one call each."""
+        if len(runs) == 1:
+            runs[0].ask(self.judge)
+            return
+        start = time.monotonic()
+        asked = [pair for run in runs for pair in run.asked]
+        try:
+            scores = checked(self.judge.score(asked), len(asked))
+        except Exception:  # whoever's fault it is, it stays with one group
+            for run in runs:
+                run.ask(self.judge)
+            return
+        share_s = (time.monotonic() - start) / len(asked)
+        for run in runs:
+            own, scores = scores[: len(run.asked)], scores[len(run.asked) :]
+            run.learn(own, share_s * len(own))
+
+
+@dataclass(slots=True)
+class _Run:
+    """One task on its way: whatever is raised stays with it."""
+
+    task: JudgeTask
+    asked: list[Pair] = field(default_factory=list)  # open questions; none: it is over
+    num_asked: int = 0
+    spent_s: float = 0.0
+    placed: Placed = ((), 0, 0)
+    error: str | None = None
+    steps: Any = None
+
+    def begin(self) -> None:
+        self.steps = placing(self.task)
+        self._go(None)
+
+    def ask(self, judge: Any) -> None:
+        """A call of its own."""
+        start = time.monotonic()
+        try:
+            scores = checked(judge.score(self.asked), len(self.asked))
+        except Exception as error:
+            self.asked, self.error = [], reason(error)
+            self.spent_s += time.monotonic() - start
+            return
+        self.learn(scores, time.monotonic() - start)
+
+    def learn(self, scores: list[float], spent_s: float) -> None:
+        self.spent_s += spent_s
+        self._go(scores)
+
+    def _go(self, scores: list[float] | None) -> None:
+        start = time.monotonic()
+        self.asked = []
+        try:
+            self.asked = self.steps.send(scores)
+            self.num_asked += len(self.asked)
+        except StopIteration as end:
+            self.placed = end.value
+        except Exception as error:
+            self.error = reason(error)
+        self.spent_s += time.monotonic() - start
+
+    def result(self) -> JudgeResult:
+        task, spent_ms = self.task, self.spent_s * 1e3
+        if self.error is not None:
+            return JudgeResult(task.group_id, task.epoch, elapsed_ms=spent_ms, error=self.error)
+        return JudgeResult(task.group_id, task.epoch, *self.placed, spent_ms)
+
+
+def expected_tokens(task: JudgeTask) -> int:
+    """Tokens of the pairs that a task may ask about, at most about so many."""
+    if not task.traces:
+        return 1
+    compared = sum(min(task.num_compared, len(cluster)) for cluster in task.clusters)
+    # The new ones are compared with each other too: with half of them on average.
+    compared += min(task.num_compared * task.max_clusters, len(task.traces) // 2)
+    mean = sum(trace.num_tokens for trace in task.traces) / len(task.traces)
+    return max(1, int(2 * mean * compared * len(task.traces)))
+
+
+def reason(error: Exception) -> str:
+    """Type and place. A judge's own message is left out: it may quote a trace."""
+    if isinstance(error, JudgeError):
+        return f"JudgeError: {error}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: raised at {Path(frame.filename).name}:{frame.lineno}"

@@ -1,0 +1,116 @@
+"""Many groups in one call of the judge: the placements of one group at a time, and no neighbour's
+fault."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sglang_deepprune.batcher import Batcher, expected_tokens
+from sglang_deepprune.clustering import place
+from sglang_deepprune.types import JudgeTask, Pair, Trace
+
+
+def task(name: str, count: int = 6, compare: str = "full", text: str = "") -> JudgeTask:
+    traces = tuple(Trace(i, f"{name} {text} {i}", 10, "tokens") for i in range(count))
+    return JudgeTask(name, 0, traces, (), (), 0.5, 32, 10, 0, compare, 0.0)
+
+
+class Judge:
+    """Same answer: same parity of the sibling. Remembers its calls."""
+
+    name = "parity"
+    mixes_groups = True
+
+    def __init__(self, pause_s: float = 0.0) -> None:
+        self.calls: list[list[str]] = []
+        self.ended: list[str] = []
+        self.pause_s = pause_s
+
+    def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+        self.calls.append([pair.group_id for pair in pairs])
+        time.sleep(self.pause_s)
+        if any("boom" in pair.left.text for pair in pairs):
+            raise RuntimeError("of one group")
+        same = [pair.left.sibling % 2 == pair.right.sibling % 2 for pair in pairs]
+        return np.array(same, dtype=np.float32)
+
+    def forget(self, group_ids: Sequence[str]) -> None:
+        self.ended += group_ids
+
+
+def warm(judge: Judge, budget_s: float = 100.0) -> Batcher:
+    """One that knows how fast the judge is."""
+    batcher = Batcher(judge, budget_s)
+    batcher([task("before")])
+    judge.calls.clear()
+    return batcher
+
+
+@pytest.mark.parametrize("compare", ["full", "sequential", "exclusive"])
+def test_groups_side_by_side_are_placed_as_one_by_one(compare: str):
+    judge = Judge()
+    tasks = [task(f"g{i}", 3 + i, compare) for i in range(5)]
+    results = warm(judge)(tasks)
+    assert [result.group_id for result in results] == [one.group_id for one in tasks]
+    for one, result in zip(tasks, results, strict=True):
+        assert (result.assignments, result.num_pairs, result.num_tokens) == place(
+            one, Judge().score
+        )
+    assert set(judge.calls[0]) == {one.group_id for one in tasks}
+    alone = Judge()
+    for one in tasks:
+        place(one, alone.score)
+    assert len(judge.calls) == max(len(calls_of(one)) for one in tasks) < len(alone.calls)
+
+
+def calls_of(one: JudgeTask) -> list[list[str]]:
+    judge = Judge()
+    place(one, judge.score)
+    return judge.calls
+
+
+def test_the_first_batch_goes_one_by_one_as_nobody_knows_how_fast_the_judge_is():
+    judge = Judge()
+    Batcher(judge, 100.0)([task("a"), task("b")])
+    assert all(len(set(call)) == 1 for call in judge.calls)
+
+
+def test_a_judge_that_does_not_say_so_gets_one_group_a_call():
+    judge = Judge()
+    judge.mixes_groups = False
+    warm(judge)([task("a"), task("b"), task("c")])
+    assert all(len(set(call)) == 1 for call in judge.calls)
+
+
+def test_a_group_that_makes_the_judge_raise_spoils_its_own_result_alone():
+    results = warm(Judge())([task("a"), task("b", text="boom"), task("c")])
+    assert [result.error is None for result in results] == [True, False, True]
+    assert results[1].error is not None and "RuntimeError" in results[1].error
+    assert [one.cluster for one in results[2].assignments] == [0, 1, 0, 1, 0, 1]
+
+
+def test_more_groups_than_the_time_allows_are_left_for_a_later_batch():
+    judge = Judge(pause_s=0.02)
+    batcher = warm(judge, budget_s=0.25)  # a task takes five calls
+    tasks = [task(f"g{i}", 40) for i in range(8)]
+    results = batcher(tasks)
+    assert 1 <= len(results) < len(tasks)
+    assert all(result.error is None for result in results)
+
+
+def test_side_by_side_are_no_more_than_the_judge_can_read_in_the_time_left():
+    batcher = Batcher(Judge(), budget_s=10.0)
+    one = task("a", 20)
+    batcher._rate = expected_tokens(one) * 3 / 10.0
+    assert len(batcher._chunk([replace(one, group_id=str(i)) for i in range(9)], 10.0)) == 3
+
+
+def test_the_judge_is_told_which_groups_have_ended():
+    judge = Judge()
+    assert Batcher(judge)([], ["a", "b"]) == []
+    assert judge.ended == ["a", "b"]
