@@ -32,7 +32,7 @@ from sglang_deepprune.reasoner import model_path, questions
 
 CLIENTS = 4
 CORES = sorted(os.sched_getaffinity(0))
-TOKENS = 48
+TOKENS = 32
 MODES = ("none", "busy", "stopped", "none again")
 FLAGS = ("--enable-deepprune", "--deepprune-fill", "0", "--stream-interval", "1",
          "--max-running-requests", "32")  # fmt: skip

@@ -18,6 +18,28 @@ from sglang_deepprune.truncation import plain_decoder
 logger = logging.getLogger(__name__)
 
 
+_early: JudgeWorker | None = None  # one that was started before the model
+
+
+def start_judge_early(scheduler: Any, config: DeepPruneConfig) -> None:
+    """A judge on a GPU loads before the server's model: SGLang measures afterwards what is free for
+    its KV pool (`KVCacheConfigurator._profile_available_bytes` in 0.5.23)."""
+    global _early
+    if config.judge_device == "cpu" or config.judge == "none" or not _is_leader(scheduler):
+        return
+    _early = _worker(config)
+    _early.start()
+    if not _early.wait_loaded():
+        logger.warning("deepprune: the judge could not load; nothing is pruned by it")
+
+
+def _worker(config: DeepPruneConfig) -> JudgeWorker:
+    return JudgeWorker(
+        config.judge, config.judge_deadline_ms / 1000,
+        device=config.judge_device, memory_mib=config.judge_mem,
+    )  # fmt: skip
+
+
 def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
     """Children (judge, answer fence) exist on the leader only: the rank that reads requests."""
     is_leader = _is_leader(scheduler)
@@ -26,8 +48,7 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
         fence = Fence()
         fence.warm_up()
         if config.judge != "none":
-            deadline_s = config.judge_deadline_ms / 1000
-            judge = JudgeWorker(config.judge, deadline_s, device=config.judge_device)
+            judge = _early or _worker(config)
             judge.start()
     tokenizer = scheduler.tokenizer
 

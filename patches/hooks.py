@@ -14,7 +14,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
-from sglang_deepprune.patches.build import build_engine
+from sglang_deepprune.patches.build import build_engine, start_judge_early
 from sglang_deepprune.patches.scheduler import _COMMANDS, Arrival, Engine
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,14 @@ _engine: Engine | None = None  # this process's, once its Scheduler is built
 def engine() -> Engine | None:
     """The engine of this scheduler process, None elsewhere and where the flag is off."""
     return _engine
+
+
+def init_model_worker(original: Callable[..., Any], self: Any) -> Any:
+    """AROUND `Scheduler.init_model_worker`: a judge on a GPU takes its memory first."""
+    config = server_args.config_of(self.server_args)
+    if config is not None:
+        start_judge_early(self, config)
+    return original(self)
 
 
 def scheduler_init(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -254,6 +262,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "OpenAIServingChat._build_chat_response": output.build_response,
     "OpenAIServingChat._generate_chat_stream": output.chat_stream,
     "Scheduler.__init__": scheduler_init,
+    "Scheduler.init_model_worker": init_model_worker,
     "Scheduler._add_request_to_queue": add_request_to_queue,
     "Scheduler.abort_request": abort_request,
     "Scheduler.process_input_requests": process_input_requests,

@@ -22,6 +22,7 @@ from packaging.version import Version
 
 from sglang_deepprune.config import ConfigError, DeepPruneConfig, dest_of, flag_of, setting_fields
 from sglang_deepprune.judges import check_judge
+from sglang_deepprune.judges.memory import check_memory
 from sglang_deepprune.judges.permission import with_card
 from sglang_deepprune.patches import seams
 
@@ -142,9 +143,25 @@ def _attach(server_args: Any, values: dict[str, Any]) -> None:
         return
     check_judge(config.judge)
     config = with_card(config)
+    config = with_memory(config)
     refuse_unproven_modes(server_args)
     setattr(server_args, ATTRIBUTE, Carrier(config))
     activate(config, everywhere=True)
+
+
+def with_memory(config: DeepPruneConfig) -> DeepPruneConfig:
+    """The config with what the judge will take of its device. Raises ConfigError."""
+    total = None
+    if config.judge_device != "cpu" and config.judge != "none":
+        from sglang.srt.utils import get_device_memory_capacity
+
+        try:
+            total = get_device_memory_capacity("cuda")
+        except (OSError, ValueError, RuntimeError):  # no nvidia-smi, or one that has no answer
+            total = None
+        if not total:
+            raise ConfigError("judge_device", f"no {config.judge_device!r} here; use cpu")
+    return dataclasses.replace(config, judge_mem=check_memory(config, total))
 
 
 def refuse_unproven_modes(server_args: Any) -> None:

@@ -175,8 +175,13 @@ class DeepPruneConfig:
         scope="server",
     )  # fmt: skip
     judge_device: str = _setting(
-        "cpu", "Where a judge's model runs: 'cpu', or 'cuda:N' with memory that you left free "
-        "(--mem-fraction-static, or a card of its own).", scope="server",
+        "cpu", "Where a judge's model runs: 'cpu' or 'cuda:N', whose memory it takes before the "
+        "server sizes its KV pool.", scope="server",
+    )  # fmt: skip
+    judge_mem: int = _setting(
+        0, "MiB that a language model judge may take of its device, weights included; 0: on a GPU "
+        "what it needs, on a CPU no bound but that of its prefix cache (512 MiB).",
+        scope="server", low=0, high=1 << 20, kind=int,
     )  # fmt: skip
     judge_card: str = _setting(
         "", "What `eval-judge --card` wrote about this judge; unset: the card beside its weights. "

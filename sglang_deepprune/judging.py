@@ -22,7 +22,7 @@ from typing import TypeGuard
 
 from sglang_deepprune.batcher import Batcher
 from sglang_deepprune.child import Child
-from sglang_deepprune.judges import OWN, is_remote_model, load_judge
+from sglang_deepprune.judges import OWN, is_remote_model, load_judge, memory
 from sglang_deepprune.types import JudgeResult, JudgeTask
 
 LOAD_LIMIT_S = 120.0
@@ -42,11 +42,12 @@ def make_worker(spec: str, budget_s: float = math.inf) -> Answer:
     return lambda request: batcher(*request)
 
 
-def child_env(spec: str, device: str = "cpu") -> dict[str, str]:
+def child_env(spec: str, device: str = "cpu", memory_mib: int = 0) -> dict[str, str]:
     """One thread; no network but for a judge that lies there; and no GPU but the one that was given
     to the judge. A judge of your own sees them all: it may want one."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     env = dict.fromkeys(threads, "1") | {"TOKENIZERS_PARALLELISM": "false"}
+    env[memory.ENV] = str(memory_mib)
     if not is_remote_model(spec):
         env["HF_HUB_OFFLINE"] = "1"
     if spec.partition(":")[0] != OWN:
@@ -68,6 +69,7 @@ class JudgeWorker:
         backoff_s: float = _FIRST_BACKOFF_S,
         load_limit_s: float | None = None,
         device: str = "cpu",
+        memory_mib: int = 0,
     ):
         self.spec = spec
         self.deadline_s = deadline_s
@@ -75,7 +77,7 @@ class JudgeWorker:
         self.backoff_s = backoff_s
         default_s = DOWNLOAD_LIMIT_S if is_remote_model(spec) else LOAD_LIMIT_S
         self.load_limit_s = default_s if load_limit_s is None else load_limit_s
-        env = child_env(spec, device)
+        env = child_env(spec, device, memory_mib)
         self._child = Child(factory, (spec, deadline_s * _BUDGET_SHARE), env=env)
         self._waiting: deque[JudgeTask] = deque()
         self._batch: list[JudgeTask] = []  # handed over
@@ -107,6 +109,18 @@ class JudgeWorker:
         """Launch the process. It loads while the server goes on; tasks may be submitted."""
         if self._child.pid is None and not self.is_disabled:
             self._launch()
+
+    def wait_loaded(self) -> bool:
+        """Wait until the judge is loaded, at a server's start alone. One that cannot load is off
+        for good: the memory that it was to have is the server's by then."""
+        while self._child.pid is not None and not self._child.is_ready:
+            time.sleep(0.05)
+            self._receive()
+            self._keep_time()
+        if not self._child.is_ready:
+            self.close()
+            self._off = "the judge is off: it could not load before the server"
+        return self._child.is_ready
 
     def submit(self, task: JudgeTask) -> None:
         """Queue one window of one group. Its result comes from a later `poll`."""

@@ -19,11 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from sglang_deepprune.judges import memory
 from sglang_deepprune.judges.lm_prompt import Prompt, PromptWriter, load_settings, score_readable
 from sglang_deepprune.judges.packed import Packed
 from sglang_deepprune.types import Pair
 
-_BATCH_TOKENS = 8192  # of one forward pass; bounds its memory
 _CHECK_TOLERANCE = 1e-3
 
 
@@ -35,14 +35,19 @@ class LLMJudge:
 
     def __init__(self, path: str) -> None:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+        memory.take()
         self.model, tokenizer = load_model(path)
+        room = memory.take(self.model)
+        self.pass_tokens = room.pass_tokens if room else memory.PASS_TOKENS  # bounds its memory
         limit = int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
         folder = path if Path(path).is_dir() else None
         self.prompts = PromptWriter(tokenizer, load_settings(folder), limit)
         self.head = LabelHead(self.model, self.prompts.label_ids)
         self._padded_tokens = 0
         label_ids = self.prompts.label_ids
-        self.packed = Packed.of(self.model, label_ids, _BATCH_TOKENS, self.score_padded)
+        self.packed = Packed.of(self.model, label_ids, self.pass_tokens, self.score_padded)
+        if self.packed is not None and room is not None:
+            self.packed.prefixes.max_bytes = room.cache
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """[num_pairs] float32; see `Judge.score`."""
@@ -71,7 +76,7 @@ class LLMJudge:
         rows = [torch.tensor((*one.prefix, *one.rest)) for one in prompts]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found = np.zeros(len(rows), dtype=np.float32)
-        for batch in _batches(order, [len(row) for row in rows]):
+        for batch in _batches(order, [len(row) for row in rows], self.pass_tokens):
             found[batch] = self._forward([rows[i] for i in batch])
         return found
 
@@ -163,11 +168,11 @@ def load_model(path: str) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Cuts `order` (ascending lengths) so that no padded batch exceeds `_BATCH_TOKENS`."""
+def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Cuts `order` (ascending lengths) so that no padded batch exceeds `most` tokens."""
     batches: list[list[int]] = []
     for place in order:
-        if batches and (len(batches[-1]) + 1) * lengths[place] <= _BATCH_TOKENS:
+        if batches and (len(batches[-1]) + 1) * lengths[place] <= most:
             batches[-1].append(place)
         else:
             batches.append([place])

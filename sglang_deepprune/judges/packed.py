@@ -26,6 +26,7 @@ import torch
 from transformers import AttentionInterface
 
 from sglang_deepprune.judges.lm_prompt import Prompt
+from sglang_deepprune.judges.memory import CACHE_BYTES
 from sglang_deepprune.kernels.label_head import label_head
 from sglang_deepprune.kernels.prefix_attention import prefix_attention
 from sglang_deepprune.kernels.prefix_tree import PrefixTree, pack
@@ -34,8 +35,6 @@ ATTENTION = "deepprune_prefix"
 _TOLERANCE = {torch.float32: 1e-4}
 _OTHER_TOLERANCE = 3e-2  # half precision
 
-
-CACHE_BYTES = 512 << 20  # of prefixes, unless the judge's memory says otherwise
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # a layer: [tokens, kv_heads, head_dim] each
 Family = tuple[tuple[int, ...], list[int]]  # a prefix, and the places of its prompts
 

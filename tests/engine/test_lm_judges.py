@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from sglang_deepprune.judges import load_judge
 from sglang_deepprune.judges.llm import LLMJudge
+from sglang_deepprune.local_server import has_gpu
 from sglang_deepprune.reasoner import model_path, questions
 from sglang_deepprune.types import Pair, Trace
 from tests import lm_judge
@@ -97,3 +99,19 @@ def test_smollm2_zero_shot_in_process_and_over_a_second_server(tmp_path: Path):
     with Server(tmp_path, *FP32, max_total_tokens=8000) as server:
         there = load_judge(f"remote:{server.url}").score(pairs)
     assert np.abs(here - there).max() <= 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="needs a GPU")
+def test_on_a_gpu_the_pool_is_smaller_by_what_the_judge_takes():
+    mib = 4000
+    spec = ("--deepprune-judge", f"llm:{lm_judge.trained()}", "--deepprune-judge-device", "cuda:0",
+            "--deepprune-judge-mem", str(mib))  # fmt: skip
+    slots = []
+    for flags in (COMMON, (*COMMON, *spec)):
+        with Server(model_path(), *flags) as server:
+            slots.append(server.get("/get_server_info")["max_total_num_tokens"])
+    config = json.loads((Path(model_path()) / "config.json").read_text())
+    heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
+    slot_bytes = 2 * 2 * heads * layers * config["head_dim"]  # keys and values, two bytes each
+    assert (slots[0] - slots[1]) * slot_bytes >= 0.9 * mib * (1 << 20)
