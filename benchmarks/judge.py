@@ -4,7 +4,8 @@ Ways: `naive` (padded Hugging Face batches in the order asked, logits of every t
 same by length, last tokens only: the best effort without sharing), `server` (a second SGLang server
 over /v1/score, with its prefix cache) and `packed` (ours: no padding, what prompts share read
 once). Each places the same traces, with the paper's full loop and with sequential comparisons.
-`bound` is the speed-up over `sorted` that the tokens alone allow, `share_of_bound` what was had.
+`bound` is the speed-up over `sorted` that the tokens alone allow, `share_of_bound` what was had;
+`max_difference` is that of a pair's scores from those of the first way.
 
     python -m benchmarks.judge --traces FILE --json benchmarks/results/judge_speed.json
 
@@ -27,7 +28,8 @@ import torch
 
 from benchmarks.report import Row, print_table, write_json
 from sglang_deepprune.clustering import place
-from sglang_deepprune.judges.llm import LLMJudge
+from sglang_deepprune.judges.llm import LabelHead, LLMJudge
+from sglang_deepprune.judges.packed import Packed
 from sglang_deepprune.judges.remote import RemoteJudge
 from sglang_deepprune.local_server import LocalServer
 from sglang_deepprune.traces import load, truncate
@@ -87,9 +89,14 @@ def tasks_of(path: str, size: int, cut: str, tau: float, limit: int) -> list[Jud
 
 
 @contextlib.contextmanager
-def ways_of(model: str, names: Sequence[str]) -> Iterator[Iterator[Way]]:
+def ways_of(model: str, names: Sequence[str], dtype: str) -> Iterator[Iterator[Way]]:
     """The ways, one after the other; the server lives only while it is asked."""
     judge = LLMJudge(model)
+    if dtype != "float32":
+        judge.model.to(getattr(torch, dtype))
+        label_ids = judge.prompts.label_ids
+        judge.head = LabelHead(judge.model, label_ids)
+        judge.packed = Packed.of(judge.model, label_ids, judge.pass_tokens, judge.score_padded)
     packed, naive = judge.packed, Naive(judge)
     if packed is None:
         raise SystemExit("this model cannot be packed")
@@ -111,7 +118,7 @@ def ways_of(model: str, names: Sequence[str]) -> Iterator[Iterator[Way]]:
                 with tempfile.TemporaryDirectory() as folder:
                     judge.model.save_pretrained(folder)
                     judge.prompts.tokenizer.save_pretrained(folder)
-                    flags = ("--dtype", "float32", "--sleep-on-idle")
+                    flags = ("--dtype", dtype, "--sleep-on-idle")
                     with LocalServer(folder, *flags, max_total_tokens=60_000) as server:
                         remote = RemoteJudge(server.url, budget_s=600)
                         yield Way(name, remote.score, lambda: None)
@@ -119,10 +126,22 @@ def ways_of(model: str, names: Sequence[str]) -> Iterator[Iterator[Way]]:
     yield ways()
 
 
-def play(way: Way, task: JudgeTask, mode: str, error: float) -> tuple[list[int], int, float]:
+Scores = dict[tuple[str, int, int], float]  # (question, two traces) -> P(same)
+
+
+def play(
+    way: Way, task: JudgeTask, mode: str, error: float, scores: Scores
+) -> tuple[list[int], int, float]:
     """(cluster of each trace, pairs, seconds)."""
+
+    def score(pairs: Sequence[Pair]) -> np.ndarray:
+        found = way.score(pairs)
+        keys = [(task.group_id, pair.left.sibling, pair.right.sibling) for pair in pairs]
+        scores.update(zip(keys, found.tolist(), strict=True))
+        return found
+
     start = time.perf_counter()
-    found, pairs, _ = place(replace(task, compare=mode, compare_error=error), way.score)
+    found, pairs, _ = place(replace(task, compare=mode, compare_error=error), score)
     return [one.cluster for one in found], pairs, time.perf_counter() - start
 
 
@@ -130,22 +149,28 @@ def rows_of(ways: Iterator[Way], tasks: Sequence[JudgeTask]) -> list[Row]:
     """One row a way and mode, all tasks together."""
     rows: list[Row] = []
     wanted: dict[str, list[int]] = {}
+    first_scores: Scores = {}
     for way in ways:
         way.score([Pair(tasks[0].traces[0], tasks[0].traces[1])])  # warm
         for mode, error in MODES:
             before, same, pairs, seconds = way.tokens(), [], 0, 0.0
+            scores: Scores = {}
             for task in tasks:
-                clusters, num, spent = play(way, task, mode, error)
+                clusters, num, spent = play(way, task, mode, error, scores)
                 first = wanted.setdefault(task.group_id, clusters)
                 same += [a == b for a, b in zip(first, clusters, strict=True)]
                 pairs, seconds = pairs + num, seconds + spent
             after = way.tokens()
+            first_scores = first_scores or scores
             rows.append({
                 "way": way.name, "comparisons": mode, "n": len(tasks[0].traces),
                 "questions": len(tasks), "pairs": pairs, "seconds": round(seconds, 2),
                 "pairs_per_s": pairs / seconds,
                 "tokens": None if before is None or after is None else after - before,
                 "same_assignments": float(np.mean(same)),
+                "max_difference": max(
+                    abs(value - first_scores.get(key, value)) for key, value in scores.items()
+                ),
             })  # fmt: skip
             print(rows[-1], flush=True)
     return rows
@@ -184,6 +209,7 @@ def main() -> None:
     parser.add_argument("--cut", default="tokens:100")
     parser.add_argument("--tau", type=float, default=0.5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     tasks = tasks_of(
@@ -191,11 +217,14 @@ def main() -> None:
     )
     if not tasks:
         raise SystemExit(f"no question in the recording has {arguments.n} traces")
-    with ways_of(arguments.judge or _shipped(), arguments.ways) as ways:
+    with ways_of(arguments.judge or _shipped(), arguments.ways, arguments.dtype) as ways:
         rows = with_bounds(rows_of(ways, tasks))
     print_table(rows, f"judging, n={arguments.n}, {arguments.cut}")
     if arguments.json is not None:
-        write_json(arguments.json, "judge_speed", rows, cut=arguments.cut, tau=arguments.tau)
+        write_json(
+            arguments.json, "judge_speed", rows,
+            cut=arguments.cut, tau=arguments.tau, dtype=arguments.dtype,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
