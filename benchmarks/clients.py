@@ -325,9 +325,9 @@ async def ask_plain(
 async def ask_deepprune(
     preset: str, session: aiohttp.ClientSession, url: str, question: Question, n: int, seed: int
 ) -> Outcome:
-    """One n>1 request; the server stops and votes."""
+    """One n>1 request; the server stops and votes. `preset`: see `settings_of`."""
     start = time.perf_counter()
-    body = body_of(question, {"deepprune": {"preset": preset}}, n=n, seed=seed)
+    body = body_of(question, {"deepprune": settings_of(preset)}, n=n, seed=seed)
     reply = await complete(session, url, body)
     group = (reply.get("metadata") or {}).get("deepprune") or {}
     if not group.get("active"):
@@ -339,6 +339,16 @@ async def ask_deepprune(
         time.perf_counter() - start,
         sum(choice["state"] != "not_started" for choice in group["choices"]),
     )
+
+
+def settings_of(policy: str) -> dict[str, Any]:
+    """Of `PRESET` or `PRESET,FIELD=VALUE,...`, as in `balanced,base=8`."""
+    preset, *fields = policy.split(",")
+    settings: dict[str, Any] = {"preset": preset}
+    for one in fields:
+        name, _, value = one.partition("=")
+        settings[name] = json.loads(value)
+    return settings
 
 
 async def ask_one(session: aiohttp.ClientSession, url: str, question: Question, seed: int) -> float:

@@ -349,7 +349,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--policies", nargs="+", default=[],
-        help="instead of the cell's own; plain is played first and last in any case",
+        help="instead of the cell's own, as balanced or balanced,base=8; plain is played first and "
+        "last in any case",
     )  # fmt: skip
     parser.add_argument("--questions", type=int, default=0, help="at most so many a cell; 0: all")
     parser.add_argument(

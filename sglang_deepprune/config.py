@@ -170,8 +170,9 @@ class DeepPruneConfig:
         3, "Finished siblings before a vote can be decided.", low=1, high=4096, kind=int
     )
     judge: str = _setting(
-        "similarity", "Judge of trace pairs, NAME[:PATH]: similarity, encoder[:PATH], "
-        "belief[:PATH], llm:PATH, remote:URL, oracle:PATH, python:PKG.MOD:FACTORY (yours), none.",
+        "similarity", "Judge of trace pairs, NAME[:PATH]: similarity, trigrams, "
+        "encoder[:PATH], belief[:PATH], llm:PATH, remote:URL, oracle:PATH, "
+        "python:PKG.MOD:FACTORY (yours), none.",
         scope="server",
     )  # fmt: skip
     judge_device: str = _setting(

@@ -28,7 +28,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -313,11 +313,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="sglang-deepprune eval-judge", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--judge", required=True, help="NAME[:PATH], as --deepprune-judge")
+    parser.add_argument(
+        "--judge", required=True, nargs="+", help="NAME[:PATH], as --deepprune-judge; one or more"
+    )
     parser.add_argument("--traces", required=True, help="recorded traces, JSONL or .gz")
     parser.add_argument("--cut", action="append", help=f"default: {', '.join(CUTS)}")
     parser.add_argument(
-        "--folds", type=int, default=0, help="belief only: fit and judge in K folds"
+        "--folds", type=int, default=0, help="belief is fitted and judged in K folds"
     )
     parser.add_argument("--questions", type=int, default=0, help="the first N only; 0: all")
     parser.add_argument(
@@ -342,39 +344,72 @@ def main(argv: list[str]) -> int:
             raise TraceFileError("no question has two traces")
         if not 0 < args.false_merge < 1:
             raise ConfigError("false-merge", "must be between 0 and 1")
-        judge_of = _judge_of(args, questions)
+        if len(args.judge) > 1 and (args.card or args.plot):
+            raise ConfigError("judge", "a card and a plot are of one judge; name one")
+        if args.folds and "belief" not in args.judge:
+            raise ConfigError("folds", "only --judge belief (without a path) is fitted in folds")
+        judges = [(_name(spec, args), _judge_of(spec, args, questions)) for spec in args.judge]
     except (TraceFileError, CutError, ConfigError, training.TrainingError, ValueError) as error:
         print(f"sglang-deepprune eval-judge: {error}", file=sys.stderr)
         return 2
-    name = _short(args.judge) + (f", {args.folds} folds" if args.folds else "")
-    rows, curves = [], {}
-    for cut, scored in _scored(questions, cuts, judge_of):
-        if len(set(scored.labels.tolist())) < 2:
-            print(f"{cut}: no pairs of both labels with a verdict; left out", file=sys.stderr)
-            continue
-        rows.append(evaluate(scored, name, cut, args.false_merge, args.seed))
-        curves[cut] = reliability(scored)
+    rows: list[Row] = []
+    curves: dict[str, dict[str, list[list[float]]]] = {}
+    verdicts = {}
+    size = min(len(question.traces) for question in questions)
+    for name, judge_of in judges:
+        own, curves[name] = _rows(name, judge_of, questions, cuts, args)
+        if own:
+            verdicts[name] = judge_rule(own, size)
+        rows += own
     if not rows:
         print("sglang-deepprune eval-judge: nothing could be judged", file=sys.stderr)
         return 1
-    split = len(rows[0]) - len(_VOTE_COLUMNS)
-    print_table([dict(list(row.items())[:split]) for row in rows], f"{name}: pairs")
-    print_table(
-        [{"cut": row["cut"], **dict(list(row.items())[split:])} for row in rows],
-        f"{name}: the vote",
-    )
-    size = min(len(question.traces) for question in questions)
-    may_prune, reason = judge_rule(rows, size)
-    print(f"may prune under balanced: {'yes' if may_prune else 'no'}; {reason}.")
+    _print(rows, ", ".join(verdicts))
+    for name, (may_prune, why) in verdicts.items():
+        print(f"{name}: may prune under balanced: {'yes' if may_prune else 'no'}; {why}.")
+    name, (may_prune, reason) = next(iter(verdicts.items()))
     if args.json:
-        write_json(args.json, "eval-judge", rows, reliability=curves, may_prune=may_prune)
+        may = {one: found[0] for one, found in verdicts.items()}
+        write_json(args.json, "eval-judge", rows, reliability=curves, may_prune=may)
     if args.plot:
-        _plot(args.plot, name, curves)
+        _plot(args.plot, name, curves[name])
     if args.card:
         data = {**training.describe(args.traces, questions, args.seed), "folds": args.folds}
         taus = {row["cut"]: row["tau"] for row in rows if row["tau"] is not None}
         cards.save(cards.Card(name, data, rows, taus, may_prune, reason), args.card)
     return 0
+
+
+def _rows(
+    name: str,
+    judge_of: JudgeOf,
+    questions: Sequence[Question],
+    cuts: Sequence[str],
+    args: argparse.Namespace,
+) -> tuple[list[Row], dict[str, list[list[float]]]]:
+    """One judge: a row and a reliability curve for each cut that has pairs of both labels."""
+    rows, curves = [], {}
+    for cut in cuts:
+        scored = score_cut(questions, cut, judge_of)
+        if len(set(scored.labels.tolist())) < 2:
+            print(f"{cut}: no pairs of both labels with a verdict; left out", file=sys.stderr)
+            continue
+        rows.append(evaluate(scored, name, cut, args.false_merge, args.seed))
+        curves[cut] = reliability(scored)
+    return rows, curves
+
+
+def _print(rows: Sequence[Row], names: str) -> None:
+    """All judges in one table, cut by cut; then what their clustering does to the vote."""
+    split = len(rows[0]) - len(_VOTE_COLUMNS)
+    cuts = list(dict.fromkeys(row["cut"] for row in rows))
+    ordered = sorted(rows, key=lambda row: cuts.index(row["cut"]))
+    print_table([dict(list(row.items())[:split]) for row in ordered], f"{names}: pairs")
+    print_table(
+        [{"judge": row["judge"], "cut": row["cut"], **dict(list(row.items())[split:])}
+         for row in ordered],
+        f"{names}: the vote",
+    )  # fmt: skip
 
 
 _VOTE_COLUMNS = (
@@ -384,23 +419,18 @@ _VOTE_COLUMNS = (
 )  # fmt: skip
 
 
-def _judge_of(args: argparse.Namespace, questions: Sequence[Question]) -> JudgeOf:
-    if args.folds:
-        if args.judge != "belief":
-            raise ConfigError("folds", "only --judge belief (without a path) is fitted in folds")
+def _name(spec: str, args: argparse.Namespace) -> str:
+    return _short(spec) + (f", {args.folds} folds" if args.folds and spec == "belief" else "")
+
+
+def _judge_of(spec: str, args: argparse.Namespace, questions: Sequence[Question]) -> JudgeOf:
+    if args.folds and spec == "belief":
         if not 2 <= args.folds <= len(questions):
             raise ConfigError("folds", f"must be 2 to {len(questions)}, the number of questions")
         return folded_belief(questions, args.folds, args.seed)
-    check_judge(args.judge)
-    judge = load_judge(args.judge)
+    check_judge(spec)
+    judge = load_judge(spec)
     return lambda place: judge
-
-
-def _scored(
-    questions: Sequence[Question], cuts: Sequence[str], judge_of: JudgeOf
-) -> Iterator[tuple[str, Scored]]:
-    for cut in cuts:
-        yield cut, score_cut(questions, cut, judge_of)
 
 
 def _short(spec: str) -> str:

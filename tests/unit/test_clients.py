@@ -18,6 +18,7 @@ from benchmarks.clients import (
     is_rival,
     is_unanimous,
     rival,
+    settings_of,
     top_two,
 )
 from benchmarks.serving import Results, main, results_folder
@@ -319,3 +320,9 @@ def test_the_plugin_is_found_by_its_metadata(tmp_path):
     assert env["DEEPPRUNE_FLAT_STEP_MS"] == "25.0" and env["DEEPPRUNE_BENCH_NOISE"] == "0"
     assert (tmp_path / "deepprune_bench-0.0.1.dist-info" / "entry_points.txt").is_file()
     assert env["PYTHONPATH"].startswith(str(tmp_path))
+
+
+def test_a_preset_may_come_with_settings():
+    assert settings_of("economy") == {"preset": "economy"}
+    wanted = {"preset": "balanced", "base": 8, "widen": 0.5}
+    assert settings_of("balanced,base=8,widen=0.5") == wanted

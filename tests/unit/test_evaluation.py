@@ -110,7 +110,7 @@ def test_a_perfect_judge_and_its_card(tmp_path: Path, file: Path, capsys: Any):
     assert row["brier"] == row["false_merge"] == row["false_merge_unseen"] == 0.0
     assert row["same_cluster_decided"] == 1.0
     assert 0.5 < row["difficulty_auroc"] < 1.0
-    assert found["may_prune"] is True
+    assert set(found["may_prune"].values()) == {True}
     saved = card.load(own)
     assert saved.may_prune
     assert saved.taus == {"share:0.75": row["tau"]}
@@ -183,3 +183,16 @@ def test_a_card_that_cannot_be_believed(tmp_path: Path, change: dict[str, Any], 
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(card.CardError, match=part):
         card.load(path)
+
+
+def test_several_judges_make_one_table(tmp_path: Path, file: Path, capsys: Any):
+    report = tmp_path / "report.json"
+    asked = ("--judge", "similarity", "trigrams", "--traces", str(file), "--cut", "share:0.75")
+    status, out, _ = run(capsys, *asked, "--json", str(report))
+    assert status == 0
+    assert [row["judge"] for row in json.loads(report.read_text())["rows"]] == [
+        "similarity", "trigrams",
+    ]  # fmt: skip
+    assert "similarity: may prune" in out and "trigrams: may prune" in out
+    status, _, err = run(capsys, *asked, "--card", str(tmp_path / "card.json"))
+    assert status == 2 and "a card and a plot are of one judge" in err

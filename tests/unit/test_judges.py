@@ -40,7 +40,7 @@ def encoder() -> Judge:
     return load_judge("encoder")
 
 
-@pytest.fixture(params=["similarity", "encoder"])
+@pytest.fixture(params=["similarity", "trigrams", "encoder"])
 def judge(request: pytest.FixtureRequest) -> Judge:
     if request.param == "encoder":
         encoder: Judge = request.getfixturevalue("encoder")
@@ -182,8 +182,8 @@ def test_an_unusable_row_is_named_by_its_line(tmp_path, line):
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("", "unknown judge ''; use similarity, encoder"),
-        ("gpt", "unknown judge 'gpt'; use similarity, encoder"),
+        ("", "unknown judge ''; use similarity, trigrams"),
+        ("gpt", "unknown judge 'gpt'; use similarity, trigrams"),
         ("similarity:/x", "'similarity' takes no path; use --deepprune-judge similarity"),
         ("oracle", "'oracle' needs a file; use oracle:PATH"),
         ("oracle:", "'oracle' needs a file; use oracle:PATH"),
