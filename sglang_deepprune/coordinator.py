@@ -157,7 +157,7 @@ class Coordinator:
         starts_in_reasoning: bool = False,
         prompt_ids: Sequence[int] = (),
     ) -> Admission | None:
-        """A sibling arrives. None: its group was abandoned, it is a plain request.
+        """A sibling arrives. None: its group was abandoned, or is over: it is a plain request.
 
         `starts_in_reasoning`: the prompt has opened the think block, so a trace without marks is
         all thinking. `prompt_ids`: read once a group, if a judge asks for its text.
@@ -165,6 +165,8 @@ class Coordinator:
         run = self.runs.get(group_id)
         if run is None and group_id in self._abandoned:
             return None
+        if run is not None and run.over_s is not None:
+            return None  # its last output waits for the fence alone
         if run is None:
             run = self._open(group_id, index, size, settings, max_new_tokens)
             run.starts_in_reasoning = starts_in_reasoning
@@ -176,6 +178,8 @@ class Coordinator:
             index = max(taken, default=-1) + 1
         run.touched_s = self.clock()
         sibling = group.siblings.setdefault(index, Sibling(index))
+        if sibling.state.is_end:
+            sibling.state = State.EXPECTED  # given up on by time, and here it is
         is_full = group.num_started >= policy.width(group)
         if sibling.state is State.EXPECTED:
             sibling.state = State.HELD if is_full else State.QUEUED

@@ -248,6 +248,38 @@ def test_siblings_that_nobody_sends_are_not_waited_for_for_ever():
     assert c.is_idle
 
 
+def test_a_sibling_that_comes_after_its_group_gave_it_up_is_one_of_it_all_the_same():
+    c = coordinator(preset="collect", group_timeout_s=10.0)
+    c.admit("g", 0, 2, {}, 100)
+    c.clock.now = 11.0  # type: ignore[attr-defined]
+    for command in c.poll():
+        c.apply(command)
+    assert c.admit("g", 1, 2, {}, 100) == Admission(1)
+    end(c, 0, 1)
+    c.vote("g", 1, [0, 0, 1], False)
+    retired = c.retire("g", 1, State.FINISHED, 3)
+    assert retired is not None and retired.choice.state == "finished"
+    assert retired.group is not None and retired.group.votes == (("1", 2),)
+    assert c.is_idle
+
+
+def test_a_sibling_that_comes_while_only_the_fence_is_waited_for_is_a_plain_request():
+    c = coordinator(preset="collect", group_timeout_s=10.0)
+    for index in range(2):
+        c.admit("g", index, 3, {}, 100)
+    c.clock.now = 11.0  # type: ignore[attr-defined]
+    for command in c.poll():
+        c.apply(command)
+    end(c, 0, 8)
+    c.vote("g", 1, [0, 0, 9], False)
+    assert c.retire("g", 1, State.FINISHED, 3).is_pending  # type: ignore[union-attr]
+    assert c.admit("g", 2, 3, {}, 100) is None
+    c.fence.answers = [(0, True)]  # type: ignore[union-attr]
+    for command in c.poll():
+        c.apply(command)
+    assert c.settle("g") is not None and c.is_idle
+
+
 def test_an_abandoned_group_is_not_opened_again_by_late_siblings():
     c = coordinator()
     c.admit("g", 0, 3, {}, 100)
