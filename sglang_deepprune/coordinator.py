@@ -132,6 +132,7 @@ class Coordinator:
         self.clock = clock
         self.runs: dict[str, Run] = {}
         self._epoch = 0
+        self._num_renewals = 0
         self._asked: dict[int, FenceResult] = {}  # fence ticket -> the question, unanswered
         self._failed: list[Command] = []  # what could not even be asked
         self._abandoned: deque[str] = deque(maxlen=1024)  # groups that late siblings must not renew
@@ -350,6 +351,30 @@ class Coordinator:
         sibling.doom, sibling.pruned_at = State.PRUNED, sibling.num_tokens or None
         group.reason = "pruned: the KV pool was full"
         return Stop(group_id, index, State.PRUNED)
+
+    def name_of(self, group_id: str, index: int) -> str:
+        """What a group is called here. Members that name it after the weights have changed are none
+        of those before."""
+        is_named_by_client = index == ABSENT and self._num_renewals
+        return f"{group_id}@{self._num_renewals}" if is_named_by_client else group_id
+
+    def renew(self) -> list[Action]:
+        """The weights are about to change, and no group crosses that: nothing is decided on traces
+        of both. What lives runs on as plain sampling; verdicts on their way find another epoch."""
+        self._num_renewals += 1
+        actions: list[Action] = []
+        for run in list(self.runs.values()):
+            group = run.group
+            if group.is_decided or run.over_s is not None:
+                continue  # all of it is from before
+            self._epoch += 1
+            group.epoch, run.in_flight = self._epoch, frozenset()
+            group.is_released, group.reason = True, policy.RENEWED
+            group.tally.give_up()  # of what the fence has not answered yet
+            if run.is_client_side:
+                self._close(run)
+            actions += self._replan(run)
+        return actions
 
     def abandon(self, group_id: str = "") -> list[str]:
         """A fault of ours: the group, or every live one, runs on as plain sampling, and is ours no

@@ -439,3 +439,58 @@ def test_a_group_with_nothing_started_is_asleep():
         c.send_back("g", index, 5)
     assert c.is_asleep("g")
     assert len(c.lost("g")) == 4 and not c.is_asleep("g")
+
+
+def test_no_group_crosses_a_change_of_the_weights():
+    c = coordinator(preset="paper", admission="lazy", base=2, k2=1, widen=0.0, cut="tokens")
+    admit_lazy(c, 6)
+    for length in range(1, 5):
+        step(c, [0, 1], length)
+    late = verdict(c, (0, 0), (1, 0))
+    assert c.renew() == [Start("g", index) for index in range(2, 6)]  # plain sampling has all run
+    assert c.apply(late) == [] and c.runs["g"].group.clusters == []
+    for index in range(6):  # three equal votes decide nothing any more
+        assert end(c, index, 1) == []
+    assert c.is_idle
+
+
+def test_a_group_that_was_decided_before_the_weights_change_keeps_its_vote():
+    c = coordinator(preset="latency")
+    fill(c, 8)
+    for index in range(3):
+        end(c, index, 1)
+    assert c.renew() == []
+    assert c.admit("g", 7, 8, {}, 100) == Admission(7, end=State.NOT_STARTED)
+    for index in range(3, 8):
+        retired = c.retire("g", index, State.DECIDED, 10)
+    assert retired is not None and retired.group is not None
+    assert retired.group.reason.startswith("decided: 3:0")
+
+
+def test_the_name_of_a_client_side_group_starts_anew_with_the_weights():
+    c = coordinator(preset="latency")
+    before = c.name_of("g", ABSENT)
+    for _ in range(2):
+        c.admit(before, ABSENT, 4, {}, 100)
+    end(c, 0, 1, before)
+    c.renew()
+    after = c.name_of("g", ABSENT)
+    assert after != before and c.name_of("g", 0) == "g"
+    c.admit(after, ABSENT, 4, {}, 100)
+    c.vote(before, 1, [0, 0, 1], False)
+    retired = c.retire(before, 1, State.FINISHED, 3)
+    assert retired is not None and retired.group is not None  # the others are not waited for
+    assert retired.group.settled and retired.group.votes == (("1", 2),)
+    assert list(c.runs) == [after] and c.runs[after].group.num_voted == 0
+
+
+def test_an_answer_that_the_fence_has_not_compared_counts_apart_once_the_weights_change():
+    c = coordinator(preset="collect")
+    fill(c, 3)
+    end(c, 0, 8)
+    end(c, 1, 9)
+    c.renew()
+    c.vote("g", 2, [0, 0, 9], False)
+    retired = c.retire("g", 2, State.FINISHED, 3)
+    assert retired is not None and retired.group is not None
+    assert [votes for _, votes in retired.group.votes] == [2, 1]
