@@ -67,7 +67,9 @@ class Known:
     unsent: list[int] = field(default_factory=list)
     members: dict[int, Member] = field(default_factory=dict)  # those that have not ended
     ended: dict[int, State] = field(default_factory=dict)
-    is_proven: bool = False  # a judge has said about two of them that they agree
+    is_renewed: bool = False  # the weights have changed under it
+    is_proven: bool = False  # a judge has said something about two of them
+    unjudged: set[int] = field(default_factory=set)  # the judge was asked, and did not know
 
 
 class Ranks(RuleBasedStateMachine):
@@ -121,8 +123,10 @@ class Ranks(RuleBasedStateMachine):
                 member.place = QUEUED
                 continue
             assert isinstance(action, Stop) and not group.siblings[action.index].has_voted
+            assert not self.groups[gid].is_renewed, "stopped on traces of two weight versions"
             if action.state is State.PRUNED:
                 assert self.groups[gid].is_proven, "pruned without a verdict"
+                assert action.index not in self.groups[gid].unjudged, "the judge did not know"
             if member.place == RUNNING:
                 member.doom = action.state
             else:
@@ -133,7 +137,7 @@ class Ranks(RuleBasedStateMachine):
     def retire(self, gid: str, index: int, state: State) -> None:
         """A sibling leaves through one of the two doors."""
         known = self.groups[gid]
-        tokens = known.members.pop(index).tokens
+        tokens, group = known.members.pop(index).tokens, self.group(gid)
         if tokens == 0 and state in (State.PRUNED, State.DECIDED):
             state = State.NOT_STARTED
         known.ended[index] = state
@@ -146,6 +150,7 @@ class Ranks(RuleBasedStateMachine):
             assert gid not in self.pending
             self.pending[gid] = (index, retired)
         elif retired.group is not None and retired.group.settled:
+            assert group.tally.is_settled or known.is_client_side, "the fence was not waited for"
             self.settled(gid, retired.group)
         if state in (State.ABORTED, State.FAILED):
             self.lost.add(gid)
@@ -194,6 +199,8 @@ class Ranks(RuleBasedStateMachine):
         self.num_opened += 1
         asked = {"preset": preset, "k2": k2}
         self.groups[gid] = Known(size if kind != "open" else 0, 0, kind != "n", list(range(size)))
+        if kind == "sized":
+            self.groups[gid].unsent += [size, size + 1]  # more members than it was said to have
         self.settings[gid] = asked
         for _ in range(max(1, arrives)):
             if gid in self.groups and self.groups[gid].unsent:
@@ -203,6 +210,7 @@ class Ranks(RuleBasedStateMachine):
         known = self.groups[gid]
         index = known.unsent.pop(which % len(known.unsent))
         was_decided = gid in self.leader.runs and self.group(gid).is_decided
+        assert self.both("name_of", gid, index) == gid
         admission = self.both(
             "admit", gid, ABSENT if known.is_client_side else index, known.size,
             self.settings[gid], LIMIT,
@@ -340,11 +348,28 @@ class Ranks(RuleBasedStateMachine):
                 self.act([self.both("prune", gid, redundant)])
                 return
 
+    @precondition(lambda self: self.groups)
+    @rule(is_now=st.sampled_from([False, False, False, False, True]))
+    def renew(self, is_now: bool) -> None:
+        """The weights change; members that a client sends later are of another group."""
+        if not is_now:
+            return
+        actions = self.both("renew")
+        for gid, known in list(self.groups.items()):
+            group = self.group(gid) if gid in self.leader.runs else None
+            if group is not None and not group.is_decided and gid not in self.pending:
+                known.epoch, known.is_renewed = group.epoch, True
+            if known.is_client_side:
+                known.unsent.clear()
+            if not known.members and gid not in self.leader.runs:
+                del self.groups[gid]
+        self.act(actions)
+
     # -- judge, fence, clock -----------------------------------------------------------------
 
     @precondition(lambda self: self.tasks)
     @rule(
-        data=st.data(), kind=st.sampled_from(["score", "score", "score", "nan", "raise"]),
+        data=st.data(), kind=st.sampled_from(["score", "score", "nan", "some nan", "raise"]),
         seed=st.integers(0, 99),
     )  # fmt: skip
     def judge_answers(self, data: Any, kind: str, seed: int) -> None:
@@ -353,7 +378,9 @@ class Ranks(RuleBasedStateMachine):
         rng = random.Random(seed)
 
         def score(pairs: Sequence[Any]) -> Any:
-            values = [math.nan if kind == "nan" else float(rng.random() < 0.6) for _ in pairs]
+            share = {"nan": 1.0, "some nan": 0.4}.get(kind, 0.0)
+            drawn = [(rng.random() < share, rng.random() < 0.6) for _ in pairs]
+            values = [math.nan if is_nan else float(is_same) for is_nan, is_same in drawn]
             return np.array(values, dtype=np.float32)
 
         if kind == "raise":
@@ -362,6 +389,15 @@ class Ranks(RuleBasedStateMachine):
             placed, pairs, tokens = place(task, score)
             result = JudgeResult(task.group_id, task.epoch, placed, pairs, tokens, 1.0)
         self.judge.results.append(result)
+
+    @precondition(lambda self: self.leader.config.judge != "none" and self.has(QUEUED, RUNNING))
+    @rule(data=st.data(), kind=st.sampled_from(["score", "some nan"]), seed=st.integers(0, 99))
+    def decode_and_judge(self, data: Any, kind: str, seed: int) -> None:
+        """The ordinary course: traces reach the cut, and a prompt judge has its say."""
+        self.step(5)
+        while self.tasks:
+            self.judge_answers(data, kind, seed)
+        self.broadcast(data, False, False)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data(), is_same=st.sampled_from([True, False, None]))
@@ -384,7 +420,7 @@ class Ranks(RuleBasedStateMachine):
         commands, self.wire = self.wire, []
         self.sent = (self.sent + commands)[-20:]
         if again and self.sent:
-            commands = [*commands, data.draw(st.sampled_from(self.sent))]
+            commands = [*commands, data.draw(st.sampled_from(self.sent[-3:]))]
         for command in commands:
             self.apply(command)
         self.replan_lost()
@@ -395,9 +431,10 @@ class Ranks(RuleBasedStateMachine):
         is_live = run is not None and run.group.epoch == command.epoch
         before = _picture(run.group) if run is not None else None
         if isinstance(command, JudgeResult) and is_live:
-            self.groups[gid].is_proven |= any(
-                one.similarity == one.similarity for one in command.assignments
-            )
+            for one in command.assignments:
+                self.groups[gid].is_proven |= one.similarity == one.similarity
+                if one.cluster == ABSENT and one.similarity != one.similarity:
+                    self.groups[gid].unjudged.add(one.sibling)
         actions = self.both("apply", command)
         if not is_live:
             assert actions == [], "a verdict of another epoch acts"
@@ -443,6 +480,8 @@ class Ranks(RuleBasedStateMachine):
                 else:
                     assert member is not None and member.place in (found[sibling.state], RUNNING)
             assert set(known.members) | set(known.ended) <= set(siblings)
+            placed = [index for cluster in self.group(gid).clusters for index in cluster]
+            assert len(placed) == len(set(placed)), "a verdict counts twice"
             assert len(siblings) >= known.size
 
     @invariant()
@@ -468,7 +507,7 @@ class Ranks(RuleBasedStateMachine):
             return
         for known in self.groups.values():
             known.unsent.clear()
-        for _ in range(200):
+        for passes in range(200):
             if not self.groups:
                 break
             self.replan_lost()
@@ -486,7 +525,9 @@ class Ranks(RuleBasedStateMachine):
                     self.act(self.both("vote", gid, index, ids, False))
                     self.retire(gid, index, State.FINISHED)
             self.clock.now += TIMEOUT_S + 1
-            self.fence.answers += [(ticket, None) for ticket in range(len(self.fence.asked))]
+            if passes > 100:  # a group whose last output waits must not need the fence for its end
+                assert not self.pending
+                self.fence.answers += [(ticket, None) for ticket in range(len(self.fence.asked))]
             commands, self.wire = [*self.wire, *self.leader.poll()], []
             for command in commands:
                 self.apply(command)
