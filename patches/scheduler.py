@@ -366,9 +366,12 @@ class Engine:
         tokens = len(live.req.output_ids)
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         self._let_go(live.group_id)
-        if retired is not None and output.finished_reason is not None:
-            # The group's record rides on the abort, if it is the last to leave.
-            output.finished_reason = {**output.finished_reason, **finish.payload(retired)}
+        if retired is not None:
+            # Its record rides on the abort, and the group's if it is the last to leave. Without a
+            # reason of the abort's own SGLang's tokenizer side would make this one.
+            message = output.abort_message or "Abort in waiting queue"
+            reason = output.finished_reason or {"type": "abort", "message": message}
+            output.finished_reason = {**reason, **finish.payload(retired)}
         self._lost.add(live.group_id)
         self._log_tables()
 
