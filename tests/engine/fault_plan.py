@@ -60,8 +60,8 @@ def setup_of(seed: int) -> Setup:
     number = seed // ROUNDS_A_SERVER
     rng = random.Random(f"server {number}")
     return Setup(
-        (1, 16)[number % 2], number // 2 % 2 == 0, rng.choice([640, 1200, 6000]),
-        rng.choice([6, 12, 24]), rng.choice([0.0, 0.25, 100.0]), rng.choice([6, 14, 28]),
+        (1, 16)[number % 2], number // 2 % 2 == 0, rng.choice([480, 800, 1200, 6000]),
+        rng.choice([8, 16, 32]), rng.choice([0.0, 0.25, 100.0]), rng.choice([6, 14, 28]),
     )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def _ask(rng: random.Random, seed: int, number: int) -> Ask:
         mark = rng.choice(MARKS if rng.random() < 0.15 else MARKS[:4])
         prompt, preset = f"faults: {mark}", "paper"
     else:
-        prompt = rng.choice(list(PROMPTS)[: -len(MARKS)])
+        prompt = rng.choice([*list(PROMPTS)[: -len(MARKS)], "faults: long", "faults: long"])
         preset = rng.choice(PRESETS)
     settings: dict[str, Any] = {"preset": preset, "k2": rng.choice([1, 2, 4]), **CUT}
     if rng.random() < 0.3:
@@ -144,7 +144,8 @@ def _ask(rng: random.Random, seed: int, number: int) -> Ask:
     if rng.random() < 0.15 and fate == "waits":
         settings["return"] = rng.choice(["survivors", "vote"])
     tokens = rng.choice([1, 12, 60, 200, 200])
-    n = rng.choice([2, 3, 4, 6, 8, 12, 16])
+    # Equal texts need no judge: a judged prompt has eight that differ early.
+    n = rng.choice([2, 3, 4, 6, 8, 12, 16][: 5 if is_judged else 7])
     return Ask(number, "group", fate, prompt, n, tokens, settings, rng.uniform(0, 0.5), rid)
 
 
