@@ -405,7 +405,9 @@ class Coordinator:
         """Time is out: whoever has not come will not be waited for."""
         run.group.is_closed = True
         for sibling in run.group.siblings.values():
-            if sibling.state is State.EXPECTED:
+            if sibling.state is State.EXPECTED and sibling.doom is not None:
+                sibling.state = sibling.doom = State.NOT_STARTED  # nor would it have been
+            elif sibling.state is State.EXPECTED:
                 sibling.state = State.ABORTED
         if run.group.is_over and run.group.tally.is_settled:
             self.forget(run.group.group_id)

@@ -263,6 +263,21 @@ def test_a_sibling_that_comes_after_its_group_gave_it_up_is_one_of_it_all_the_sa
     assert c.is_idle
 
 
+def test_a_stopped_sibling_that_nobody_sends_was_never_started():
+    c = coordinator(preset="latency", group_timeout_s=10.0)
+    for index in range(4):
+        c.admit("g", index, 5, {}, 100)
+    for index in range(3):
+        end(c, index, 1)  # decided; the fifth has not come yet
+    c.clock.now = 11.0  # type: ignore[attr-defined]
+    for command in c.poll():
+        c.apply(command)
+    retired = c.retire("g", 3, State.DECIDED, 10)
+    assert retired is not None and retired.group is not None
+    assert [choice.state for choice in retired.group.choices[3:]] == ["decided", "not_started"]
+    assert retired.group.saved_tokens_at_most == 90 + 100
+
+
 def test_a_sibling_that_comes_while_only_the_fence_is_waited_for_is_a_plain_request():
     c = coordinator(preset="collect", group_timeout_s=10.0)
     for index in range(2):

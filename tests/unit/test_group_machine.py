@@ -100,6 +100,7 @@ class Ranks(RuleBasedStateMachine):
         self.sent: list[Command] = []  # broadcast before; may come again
         self.settings: dict[str, dict[str, Any]] = {}
         self.num_opened = 0
+        self.abandoned: set[str] = set()  # groups that have met a fault of ours
 
     # -- both ranks --------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ class Ranks(RuleBasedStateMachine):
         states = {choice.index: choice.state for choice in record.choices}
         assert {i: states[i] for i in known.ended} == {i: s.value for i, s in known.ended.items()}
         never_sent = set(states) - set(known.ended)
-        assert all(states[index] == "aborted" for index in never_sent)
+        assert {states[index] for index in never_sent} <= {"aborted", "not_started"}
         assert record.size == len(states) >= known.size
         assert record.generated_tokens == sum(choice.tokens for choice in record.choices)
         finished = [choice for choice in record.choices if choice.state == "finished"]
@@ -195,7 +196,8 @@ class Ranks(RuleBasedStateMachine):
     )  # fmt: skip
     def open(self, size: int, preset: str, kind: str, k2: int, name: str, arrives: int) -> None:
         # A group that is gone may be followed by one of its name: then only the epoch differs.
-        gid = name if name not in self.leader.runs else f"{name}{self.num_opened}"
+        is_free = name not in self.leader.runs and name not in self.abandoned
+        gid = name if is_free else f"{name}{self.num_opened}"
         self.num_opened += 1
         asked = {"preset": preset, "k2": k2}
         self.groups[gid] = Known(size if kind != "open" else 0, 0, kind != "n", list(range(size)))
@@ -364,6 +366,23 @@ class Ranks(RuleBasedStateMachine):
             if not known.members and gid not in self.leader.runs:
                 del self.groups[gid]
         self.act(actions)
+
+    @precondition(lambda self: len(self.groups.keys() & self.leader.runs.keys()) > 1)
+    @rule(data=st.data(), is_now=st.sampled_from([False, False, False, False, True]))
+    def abandon(self, data: Any, is_now: bool) -> None:
+        """A fault of ours at this group: it is plain sampling, and so are those that come late."""
+        gid = data.draw(st.sampled_from(sorted(self.groups.keys() & self.leader.runs.keys())))
+        if not is_now:
+            return
+        assert self.both("abandon", gid) == [gid]
+        known = self.groups.pop(gid)
+        self.pending.pop(gid, None)
+        self.lost.discard(gid)
+        self.abandoned.add(gid)
+        for index in known.unsent[:1]:
+            asked = self.settings[gid]
+            assert self.both("admit", gid, index, known.size, asked, LIMIT) is None
+        assert gid not in self.leader.runs
 
     # -- judge, fence, clock -----------------------------------------------------------------
 
