@@ -462,8 +462,8 @@ class Coordinator:
 
     def _place(self, run: Run, result: JudgeResult) -> None:
         group = run.group
-        if not run.in_flight:
-            return  # placed already: a command may come twice
+        if not run.in_flight or not run.in_flight.issuperset(s.sibling for s in result.assignments):
+            return  # placed already: a command may come twice, the next window being out or not
         run.in_flight = frozenset()
         group.judge_calls += result.num_pairs
         group.judge_tokens += result.num_tokens

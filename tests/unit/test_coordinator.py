@@ -353,6 +353,21 @@ def test_a_command_that_comes_twice_counts_once():
     assert c.runs["g"].group.clusters == [[0, 1, 2]] and c.runs["g"].group.judge_calls == 3
 
 
+def test_a_command_that_comes_again_while_the_next_window_is_out_counts_once():
+    c = coordinator(preset="paper", cut="tokens", k2=4)
+    fill(c, 4)
+    for length in range(1, 5):
+        step(c, [0, 1], length)
+    first = verdict(c, (0, 0), (1, 0))
+    c.apply(first)
+    for length in range(5, 9):
+        step(c, [0, 1, 2, 3], length)
+    c.apply(first)
+    assert c.runs["g"].group.clusters == [[0, 1]] and c.runs["g"].in_flight == {2, 3}
+    c.apply(verdict(c, (2, 0), (3, 1)))
+    assert c.runs["g"].group.clusters == [[0, 1, 2], [3]]
+
+
 def test_a_fence_that_cannot_be_asked_answers_by_the_broadcast():
     c = coordinator(preset="collect")
 
