@@ -369,7 +369,7 @@ class Engine:
         if retired is not None:
             # Its record rides on the abort, and the group's if it is the last to leave. Without a
             # reason of the abort's own SGLang's tokenizer side would make this one.
-            message = output.abort_message or "Abort in waiting queue"
+            message = getattr(output, "abort_message", None) or "Abort in waiting queue"
             reason = output.finished_reason or {"type": "abort", "message": message}
             output.finished_reason = {**reason, **finish.payload(retired)}
         self._lost.add(live.group_id)

@@ -77,7 +77,7 @@ def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
         "slots": int(scheduler.max_total_num_tokens),
         "judge_pid": judge._child.pid if judge is not None else None,
         "judge_tasks": judge.num_pending if judge is not None else 0,
-        "is_judge_off": judge is None or judge.is_disabled,
+        "is_judge_ready": judge is not None and judge.is_ready,
         "fence_open": fence.num_open if fence is not None else 0,
         "retired": dict(_retired),
         "faults": sorted(ours._faults),

@@ -262,10 +262,14 @@ class Chaos(threading.Thread):
             self._new_weights(flush=False)
 
     def _signal_judge(self, number: int) -> None:
-        pid = self.harness.state()["judge_pid"]
-        if pid is not None:
+        """One that is stopped while it loads would not be missed for two minutes."""
+        deadline = time.monotonic() + 5
+        while not self.harness.state()["is_judge_ready"] and time.monotonic() < deadline:
+            time.sleep(0.2)
+        state = self.harness.state()
+        if state["is_judge_ready"]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+                os.kill(state["judge_pid"], number)
 
     def kill_judge(self) -> None:
         self._signal_judge(signal.SIGKILL)

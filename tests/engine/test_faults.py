@@ -18,7 +18,7 @@ def run(num_requests: int, seed: int) -> None:
 
 
 def test_faults_at_random_leave_nothing_behind():
-    run(300, seed=1)
+    run(180, seed=1)
 
 
 @pytest.mark.stacks

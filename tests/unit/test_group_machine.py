@@ -567,7 +567,7 @@ def _picture(group: Group) -> Any:
 
 TestRanks = Ranks.TestCase
 TestRanks.settings = settings(
-    max_examples=120,
+    max_examples=100,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
