@@ -15,6 +15,7 @@ from typing import Any
 KEY = "deepprune_state"
 _MANAGERS = "sglang.srt.managers"
 _retired: Counter[str] = Counter()
+_num_missed = 0  # siblings that an abort named and did not reach
 
 
 def plugin_env(folder: Path) -> dict[str, str]:
@@ -41,6 +42,7 @@ def register() -> None:
     HookRegistry.register(f"{controller}.get_internal_state", of_scheduler, HookType.AFTER)
     manager = f"{_MANAGERS}.tokenizer_manager.TokenizerManager"
     HookRegistry.register(f"{manager}.get_internal_state", of_tokenizer, HookType.AROUND)
+    HookRegistry.register(f"{_MANAGERS}.scheduler.Scheduler.abort_request", aborted, HookType.AFTER)
     retire = Coordinator.retire
 
     def counted(self: Coordinator, *args: Any) -> Any:
@@ -50,6 +52,21 @@ def register() -> None:
         return retired
 
     Coordinator.retire = counted  # type: ignore[assignment,method-assign]
+
+
+def aborted(result: Any, self: Any, recv_req: Any) -> None:
+    """AFTER `Scheduler.abort_request`: whom it names is gone, or ends in the next pass."""
+    global _num_missed
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    from sglang_deepprune.patches import hooks
+
+    ours = hooks.engine()
+    for rid, live in ours.live.items() if ours is not None else ():
+        if recv_req.abort_all or (recv_req.rid and recv_req.rid in (rid, live.stem)):
+            req = live.req
+            is_ending = req.finished() or isinstance(req.to_finish, FINISH_ABORT)
+            _num_missed += not is_ending and req is not self.chunked_req
 
 
 def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
@@ -80,6 +97,7 @@ def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
         "is_judge_ready": judge is not None and judge.is_ready,
         "fence_open": fence.num_open if fence is not None else 0,
         "retired": dict(_retired),
+        "missed": _num_missed,
         "faults": sorted(ours._faults),
         "retracted": ours.num_retracted,
         "yielded": ours.rows.num_yielded,

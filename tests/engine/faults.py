@@ -126,6 +126,8 @@ class Harness:
         if not left:
             after = self.state()
             wrong += self._counters(before, after, seen)
+            if after["missed"] > before["missed"]:
+                wrong.append(f"{after['missed'] - before['missed']} siblings outlived their abort")
             names = ("retracted", "yielded", "relieved")
             happened = {name: after[name] - before[name] for name in names}
         self.wrong = wrong
