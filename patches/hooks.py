@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.environ import envs
+from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
@@ -18,6 +19,17 @@ from sglang_deepprune.patches.build import build_engine, start_judge_early
 from sglang_deepprune.patches.scheduler import _COMMANDS, Arrival, Engine
 
 logger = logging.getLogger(__name__)
+
+# What changes the weights, as far as this SGLang has it: some are newer than others.
+_NEW_WEIGHTS = tuple(
+    getattr(io_struct, name)
+    for name in (
+        "UpdateWeightFromDiskReqInput", "UpdateWeightsFromDistributedReqInput",
+        "UpdateWeightsFromTensorReqInput", "UpdateWeightsFromIPCReqInput",
+        "BeginWeightUpdateReqInput", "EndWeightUpdateReqInput", "UpdateWeightVersionReqInput",
+    )
+    if hasattr(io_struct, name)
+)  # fmt: skip
 
 _engine: Engine | None = None  # this process's, once its Scheduler is built
 
@@ -140,10 +152,14 @@ def get_new_batch_prefill(
 
 
 def process_input_requests(original: Callable[..., Any], self: Any, recv_reqs: Any) -> Any:
-    """AROUND `Scheduler.process_input_requests`: our commands are not SGLang's to dispatch."""
+    """AROUND `Scheduler.process_input_requests`: our commands are not SGLang's to dispatch, and no
+    group crosses a change of the weights. All ranks get the same requests."""
     ours = _engine
     if ours is None or not (recv_reqs or ours.has_lost):
         return original(self, recv_reqs)
+    is_idle = ours.coordinator.is_idle
+    if not is_idle and any(isinstance(one, _NEW_WEIGHTS) for one in recv_reqs or ()):
+        ours.guard(ours.renew)
     commands = [one for one in recv_reqs or () if isinstance(one, _COMMANDS)]
     if commands:
         recv_reqs = [one for one in recv_reqs if not isinstance(one, _COMMANDS)]

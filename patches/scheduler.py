@@ -99,18 +99,18 @@ class Engine:
             self.num_retracted += bool(req.is_retracted)
             return Arrival.RETURNS
         tagged = req.sampling_params.custom_params[wire.TAG]
-        self._at = tagged["gid"]
+        self._at = group_id = self.coordinator.name_of(tagged["gid"], tagged["index"])
         admission = self.coordinator.admit(
-            tagged["gid"], tagged["index"], tagged["size"], wire.settings_of(tagged),
+            group_id, tagged["index"], tagged["size"], wire.settings_of(tagged),
             req.sampling_params.max_new_tokens or 0,
             starts_in_reasoning=self._opens_thinking(req.origin_input_ids),
             prompt_ids=req.origin_input_ids,
         )  # fmt: skip
         if admission is None:
             return Arrival.STARTS
-        self.live[req.rid] = Live(req, tagged["gid"], admission.index, tagged["rid"])
-        self.rids[tagged["gid"], admission.index] = req.rid
-        run = self.coordinator.runs[tagged["gid"]]
+        self.live[req.rid] = Live(req, group_id, admission.index, tagged["rid"])
+        self.rids[group_id, admission.index] = req.rid
+        run = self.coordinator.runs[group_id]
         run.order = self.room.stamp(req, run.order or None)
         seed = req.sampling_params.sampling_seed
         if seed is not None or self.is_deterministic:
@@ -211,6 +211,12 @@ class Engine:
                 self._settle(command.group_id, *last)
             else:
                 self.coordinator.settle(command.group_id)
+
+    def renew(self) -> None:
+        """Before SGLang changes the weights: held siblings join its queue, where it also notes for
+        each request which version wrote which tokens; and no prompt of the old ones is kept."""
+        self._act(self.coordinator.renew())
+        self.prefixes.let_go_all()
 
     def _settle(self, group_id: str, req: Any, retired: Retired) -> None:
         record = self.coordinator.settle(group_id)
@@ -360,9 +366,12 @@ class Engine:
         tokens = len(live.req.output_ids)
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         self._let_go(live.group_id)
-        if retired is not None and output.finished_reason is not None:
-            # The group's record rides on the abort, if it is the last to leave.
-            output.finished_reason = {**output.finished_reason, **finish.payload(retired)}
+        if retired is not None:
+            # Its record rides on the abort, and the group's if it is the last to leave. Without a
+            # reason of the abort's own SGLang's tokenizer side would make this one.
+            message = getattr(output, "abort_message", None) or "Abort in waiting queue"
+            reason = output.finished_reason or {"type": "abort", "message": message}
+            output.finished_reason = {**reason, **finish.payload(retired)}
         self._lost.add(live.group_id)
         self._log_tables()
 

@@ -132,6 +132,7 @@ class Coordinator:
         self.clock = clock
         self.runs: dict[str, Run] = {}
         self._epoch = 0
+        self._num_renewals = 0
         self._asked: dict[int, FenceResult] = {}  # fence ticket -> the question, unanswered
         self._failed: list[Command] = []  # what could not even be asked
         self._abandoned: deque[str] = deque(maxlen=1024)  # groups that late siblings must not renew
@@ -157,7 +158,7 @@ class Coordinator:
         starts_in_reasoning: bool = False,
         prompt_ids: Sequence[int] = (),
     ) -> Admission | None:
-        """A sibling arrives. None: its group was abandoned, it is a plain request.
+        """A sibling arrives. None: its group was abandoned, or is over: it is a plain request.
 
         `starts_in_reasoning`: the prompt has opened the think block, so a trace without marks is
         all thinking. `prompt_ids`: read once a group, if a judge asks for its text.
@@ -165,6 +166,8 @@ class Coordinator:
         run = self.runs.get(group_id)
         if run is None and group_id in self._abandoned:
             return None
+        if run is not None and run.over_s is not None:
+            return None  # its last output waits for the fence alone
         if run is None:
             run = self._open(group_id, index, size, settings, max_new_tokens)
             run.starts_in_reasoning = starts_in_reasoning
@@ -176,6 +179,8 @@ class Coordinator:
             index = max(taken, default=-1) + 1
         run.touched_s = self.clock()
         sibling = group.siblings.setdefault(index, Sibling(index))
+        if sibling.state.is_end:
+            sibling.state = State.EXPECTED  # given up on by time, and here it is
         is_full = group.num_started >= policy.width(group)
         if sibling.state is State.EXPECTED:
             sibling.state = State.HELD if is_full else State.QUEUED
@@ -347,6 +352,30 @@ class Coordinator:
         group.reason = "pruned: the KV pool was full"
         return Stop(group_id, index, State.PRUNED)
 
+    def name_of(self, group_id: str, index: int) -> str:
+        """What a group is called here. Members that name it after the weights have changed are none
+        of those before."""
+        is_named_by_client = index == ABSENT and self._num_renewals
+        return f"{group_id}@{self._num_renewals}" if is_named_by_client else group_id
+
+    def renew(self) -> list[Action]:
+        """The weights are about to change, and no group crosses that: nothing is decided on traces
+        of both. What lives runs on as plain sampling; verdicts on their way find another epoch."""
+        self._num_renewals += 1
+        actions: list[Action] = []
+        for run in list(self.runs.values()):
+            group = run.group
+            if group.is_decided or run.over_s is not None:
+                continue  # all of it is from before
+            self._epoch += 1
+            group.epoch, run.in_flight = self._epoch, frozenset()
+            group.is_released, group.reason = True, policy.RENEWED
+            group.tally.give_up()  # of what the fence has not answered yet
+            if run.is_client_side:
+                self._close(run)
+            actions += self._replan(run)
+        return actions
+
     def abandon(self, group_id: str = "") -> list[str]:
         """A fault of ours: the group, or every live one, runs on as plain sampling, and is ours no
         more."""
@@ -376,7 +405,9 @@ class Coordinator:
         """Time is out: whoever has not come will not be waited for."""
         run.group.is_closed = True
         for sibling in run.group.siblings.values():
-            if sibling.state is State.EXPECTED:
+            if sibling.state is State.EXPECTED and sibling.doom is not None:
+                sibling.state = sibling.doom = State.NOT_STARTED  # nor would it have been
+            elif sibling.state is State.EXPECTED:
                 sibling.state = State.ABORTED
         if run.group.is_over and run.group.tally.is_settled:
             self.forget(run.group.group_id)
@@ -431,8 +462,8 @@ class Coordinator:
 
     def _place(self, run: Run, result: JudgeResult) -> None:
         group = run.group
-        if not run.in_flight:
-            return  # placed already: a command may come twice
+        if not run.in_flight or not run.in_flight.issuperset(s.sibling for s in result.assignments):
+            return  # placed already: a command may come twice, the next window being out or not
         run.in_flight = frozenset()
         group.judge_calls += result.num_pairs
         group.judge_tokens += result.num_tokens

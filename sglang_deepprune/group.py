@@ -83,7 +83,7 @@ class Group:
     judge_tokens: int = 0
     judge_ms: float = 0.0
     is_decided: bool = False
-    is_released: bool = False  # runs to its end untouched: open-ended, or a fault of ours
+    is_released: bool = False  # runs to its end untouched: open-ended, or of two weight versions
     is_closed: bool = False  # accepts no further members
     reason: str = ""
 

@@ -25,6 +25,7 @@ from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.types import ABSENT, Plan
 
 OPEN_ENDED = "open-ended: the first 3 finished siblings hold no answer"
+RENEWED = "the weights changed: its siblings ran on as plain sampling"
 OPEN_ENDED_VOTES = 3
 AGED = 3  # mean trace lengths after which a group's claim begins to widen
 UNKNOWN_MEMBERS = 512  # siblings that a client-side group may still get while it is not closed
@@ -199,8 +200,8 @@ def plan_deepprune(group: Group, in_flight: frozenset[int] = frozenset()) -> Pla
 def most_redundant(group: Group, lengths: Mapping[int, int]) -> int | None:
     """Whom the group misses least when KV is short: of its largest cluster among these running
     siblings (index -> tokens), the one that is furthest from its end. None without a judge that
-    may prune, or where no two of them agree."""
-    if not group.config.prunes_by_judge:
+    may prune, where no two of them agree, or where the group runs on untouched."""
+    if not group.config.prunes_by_judge or group.is_released:
         return None
     clusters = [[i for i in cluster if i in lengths] for cluster in group.clusters]
     largest = max(clusters, key=len, default=[])

@@ -120,6 +120,28 @@ def test_aborts_by_rid_and_of_all_reach_held_siblings(scripted: Server):
         assert all(count == 0 for count in scripted.log_lines("deepprune-tables")[-1].values())
 
 
+def test_held_siblings_that_are_aborted_bring_their_records(scripted: Server):
+    slow = {**BALANCED, "base": 2, "eps": 0.0}
+    params = {"n": 12, "max_new_tokens": 400, "custom_params": {"deepprune": slow}}
+    said = {"text": LONG, "rid": "streamed", "sampling_params": params}
+    ends: dict[int, dict[str, Any]] = {}
+    group: dict[str, Any] = {}
+    for place, chunk in enumerate(scripted.stream("/generate", said)):
+        if place == 4:
+            scripted.post("/abort_request", {"rid": "streamed"})
+        if chunk["meta_info"]["finish_reason"] is not None:
+            ends[chunk["index"]] = chunk["meta_info"]
+            group = chunk["meta_info"]["deepprune"].pop("group", group)
+    assert sorted(ends) == list(range(12))
+    for index, meta in ends.items():
+        assert meta["deepprune"]["choice"]["index"] == index
+        assert meta["deepprune"]["choice"]["state"] == "aborted"
+        assert meta["finish_reason"]["type"] == "abort" and meta["finish_reason"]["message"]
+    assert group["active"] and group["settled"] and len(group["choices"]) == 12
+    assert {choice["state"] for choice in group["choices"]} == {"aborted"}
+    scripted.wait_idle()
+
+
 def test_a_client_that_leaves_takes_its_held_siblings_along(scripted: Server):
     params = {"n": 12, "max_new_tokens": 400, "custom_params": {"deepprune": BALANCED}}
     stream = scripted.stream("/generate", {"text": LONG, "sampling_params": params})

@@ -248,6 +248,53 @@ def test_siblings_that_nobody_sends_are_not_waited_for_for_ever():
     assert c.is_idle
 
 
+def test_a_sibling_that_comes_after_its_group_gave_it_up_is_one_of_it_all_the_same():
+    c = coordinator(preset="collect", group_timeout_s=10.0)
+    c.admit("g", 0, 2, {}, 100)
+    c.clock.now = 11.0  # type: ignore[attr-defined]
+    for command in c.poll():
+        c.apply(command)
+    assert c.admit("g", 1, 2, {}, 100) == Admission(1)
+    end(c, 0, 1)
+    c.vote("g", 1, [0, 0, 1], False)
+    retired = c.retire("g", 1, State.FINISHED, 3)
+    assert retired is not None and retired.choice.state == "finished"
+    assert retired.group is not None and retired.group.votes == (("1", 2),)
+    assert c.is_idle
+
+
+def test_a_stopped_sibling_that_nobody_sends_was_never_started():
+    c = coordinator(preset="latency", group_timeout_s=10.0)
+    for index in range(4):
+        c.admit("g", index, 5, {}, 100)
+    for index in range(3):
+        end(c, index, 1)  # decided; the fifth has not come yet
+    c.clock.now = 11.0  # type: ignore[attr-defined]
+    for command in c.poll():
+        c.apply(command)
+    retired = c.retire("g", 3, State.DECIDED, 10)
+    assert retired is not None and retired.group is not None
+    assert [choice.state for choice in retired.group.choices[3:]] == ["decided", "not_started"]
+    assert retired.group.saved_tokens_at_most == 90 + 100
+
+
+def test_a_sibling_that_comes_while_only_the_fence_is_waited_for_is_a_plain_request():
+    c = coordinator(preset="collect", group_timeout_s=10.0)
+    for index in range(2):
+        c.admit("g", index, 3, {}, 100)
+    c.clock.now = 11.0  # type: ignore[attr-defined]
+    for command in c.poll():
+        c.apply(command)
+    end(c, 0, 8)
+    c.vote("g", 1, [0, 0, 9], False)
+    assert c.retire("g", 1, State.FINISHED, 3).is_pending  # type: ignore[union-attr]
+    assert c.admit("g", 2, 3, {}, 100) is None
+    c.fence.answers = [(0, True)]  # type: ignore[union-attr]
+    for command in c.poll():
+        c.apply(command)
+    assert c.settle("g") is not None and c.is_idle
+
+
 def test_an_abandoned_group_is_not_opened_again_by_late_siblings():
     c = coordinator()
     c.admit("g", 0, 3, {}, 100)
@@ -304,6 +351,21 @@ def test_a_command_that_comes_twice_counts_once():
     c.apply(once)
     c.apply(once)
     assert c.runs["g"].group.clusters == [[0, 1, 2]] and c.runs["g"].group.judge_calls == 3
+
+
+def test_a_command_that_comes_again_while_the_next_window_is_out_counts_once():
+    c = coordinator(preset="paper", cut="tokens", k2=4)
+    fill(c, 4)
+    for length in range(1, 5):
+        step(c, [0, 1], length)
+    first = verdict(c, (0, 0), (1, 0))
+    c.apply(first)
+    for length in range(5, 9):
+        step(c, [0, 1, 2, 3], length)
+    c.apply(first)
+    assert c.runs["g"].group.clusters == [[0, 1]] and c.runs["g"].in_flight == {2, 3}
+    c.apply(verdict(c, (2, 0), (3, 1)))
+    assert c.runs["g"].group.clusters == [[0, 1, 2], [3]]
 
 
 def test_a_fence_that_cannot_be_asked_answers_by_the_broadcast():
@@ -407,3 +469,58 @@ def test_a_group_with_nothing_started_is_asleep():
         c.send_back("g", index, 5)
     assert c.is_asleep("g")
     assert len(c.lost("g")) == 4 and not c.is_asleep("g")
+
+
+def test_no_group_crosses_a_change_of_the_weights():
+    c = coordinator(preset="paper", admission="lazy", base=2, k2=1, widen=0.0, cut="tokens")
+    admit_lazy(c, 6)
+    for length in range(1, 5):
+        step(c, [0, 1], length)
+    late = verdict(c, (0, 0), (1, 0))
+    assert c.renew() == [Start("g", index) for index in range(2, 6)]  # plain sampling has all run
+    assert c.apply(late) == [] and c.runs["g"].group.clusters == []
+    for index in range(6):  # three equal votes decide nothing any more
+        assert end(c, index, 1) == []
+    assert c.is_idle
+
+
+def test_a_group_that_was_decided_before_the_weights_change_keeps_its_vote():
+    c = coordinator(preset="latency")
+    fill(c, 8)
+    for index in range(3):
+        end(c, index, 1)
+    assert c.renew() == []
+    assert c.admit("g", 7, 8, {}, 100) == Admission(7, end=State.NOT_STARTED)
+    for index in range(3, 8):
+        retired = c.retire("g", index, State.DECIDED, 10)
+    assert retired is not None and retired.group is not None
+    assert retired.group.reason.startswith("decided: 3:0")
+
+
+def test_the_name_of_a_client_side_group_starts_anew_with_the_weights():
+    c = coordinator(preset="latency")
+    before = c.name_of("g", ABSENT)
+    for _ in range(2):
+        c.admit(before, ABSENT, 4, {}, 100)
+    end(c, 0, 1, before)
+    c.renew()
+    after = c.name_of("g", ABSENT)
+    assert after != before and c.name_of("g", 0) == "g"
+    c.admit(after, ABSENT, 4, {}, 100)
+    c.vote(before, 1, [0, 0, 1], False)
+    retired = c.retire(before, 1, State.FINISHED, 3)
+    assert retired is not None and retired.group is not None  # the others are not waited for
+    assert retired.group.settled and retired.group.votes == (("1", 2),)
+    assert list(c.runs) == [after] and c.runs[after].group.num_voted == 0
+
+
+def test_an_answer_that_the_fence_has_not_compared_counts_apart_once_the_weights_change():
+    c = coordinator(preset="collect")
+    fill(c, 3)
+    end(c, 0, 8)
+    end(c, 1, 9)
+    c.renew()
+    c.vote("g", 2, [0, 0, 9], False)
+    retired = c.retire("g", 2, State.FINISHED, 3)
+    assert retired is not None and retired.group is not None
+    assert [votes for _, votes in retired.group.votes] == [2, 1]

@@ -358,3 +358,11 @@ def votes_until_decided(preset: str) -> int:
 def test_faithful_waits_longer_than_balanced() -> None:
     assert votes_until_decided("balanced") == 3
     assert votes_until_decided("faithful") > 3
+
+
+def test_nobody_is_redundant_in_a_group_that_runs_on_untouched() -> None:
+    group = make_group(4, [[0, 1, 2], [3]])
+    lengths = {index: 10 + index for index in range(4)}
+    assert policy.most_redundant(group, lengths) == 0
+    group.is_released = True
+    assert policy.most_redundant(group, lengths) is None

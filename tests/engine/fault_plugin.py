@@ -1,0 +1,117 @@
+"""A plugin for the fault harness: the server's inner state as numbers, in `/server_info`.
+
+Read at the top of a scheduler pass, so all of it belongs to one moment. Nothing of the product is
+changed; each retirement is counted by the state that its client is told.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+KEY = "deepprune_state"
+_MANAGERS = "sglang.srt.managers"
+_retired: Counter[str] = Counter()
+_num_missed = 0  # siblings that an abort named and did not reach
+
+
+def plugin_env(folder: Path) -> dict[str, str]:
+    """Environment for a server with this plugin; `folder` receives the plugin's metadata."""
+    info = folder / "deepprune_faults-0.0.1.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: deepprune-faults\nVersion: 0.0.1\n"
+    )
+    (info / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nfaults = tests.engine.fault_plugin:register\n"
+    )
+    paths = (str(folder), os.environ.get("PYTHONPATH", ""))
+    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def register() -> None:
+    """Entry point of the group `sglang.srt.plugins`."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_deepprune.coordinator import Coordinator
+
+    controller = f"{_MANAGERS}.scheduler_components.internal_state.SchedulerInternalStateController"
+    HookRegistry.register(f"{controller}.get_internal_state", of_scheduler, HookType.AFTER)
+    manager = f"{_MANAGERS}.tokenizer_manager.TokenizerManager"
+    HookRegistry.register(f"{manager}.get_internal_state", of_tokenizer, HookType.AROUND)
+    HookRegistry.register(f"{_MANAGERS}.scheduler.Scheduler.abort_request", aborted, HookType.AFTER)
+    retire = Coordinator.retire
+
+    def counted(self: Coordinator, *args: Any) -> Any:
+        retired = retire(self, *args)
+        if retired is not None:
+            _retired[retired.choice.state] += 1
+        return retired
+
+    Coordinator.retire = counted  # type: ignore[assignment,method-assign]
+
+
+def aborted(result: Any, self: Any, recv_req: Any) -> None:
+    """AFTER `Scheduler.abort_request`: whom it names is gone, or ends in the next pass."""
+    global _num_missed
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    from sglang_deepprune.patches import hooks
+
+    ours = hooks.engine()
+    for rid, live in ours.live.items() if ours is not None else ():
+        if recv_req.abort_all or (recv_req.rid and recv_req.rid in (rid, live.stem)):
+            req = live.req
+            is_ending = req.finished() or isinstance(req.to_finish, FINISH_ABORT)
+            _num_missed += not is_ending and req is not self.chunked_req
+
+
+def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
+    """AFTER `get_internal_state`: pools, queues and our tables."""
+    from sglang_deepprune.patches import hooks, sampling
+
+    scheduler, ours = self.scheduler, hooks.engine()
+    if ours is None:
+        return None
+    tree, coordinator = scheduler.tree_cache, ours.coordinator
+    judge, fence = coordinator.judge, coordinator.fence
+    tables = {
+        **coordinator.sizes, "live": len(ours.live), "rids": len(ours.rids),
+        "pending": len(ours.pending), "held": len(ours.room.held), "extras": len(ours.rows.extras),
+        "prefixes": len(ours.prefixes.locks), "seeds": len(sampling.SEEDS),
+        "lost": len(ours._lost), "queue": len(scheduler.waiting_queue),
+        "running": len(scheduler.running_batch.reqs),
+    }  # fmt: skip
+    result.internal_state[KEY] = {
+        "tables": tables,
+        "free": int(scheduler.token_to_kv_pool_allocator.available_size()),
+        "evictable": int(tree.evictable_size()),
+        "protected": int(tree.protected_size()),
+        "rows": int(scheduler.req_to_token_pool.available_size()),
+        "slots": int(scheduler.max_total_num_tokens),
+        "judge_pid": judge._child.pid if judge is not None else None,
+        "judge_tasks": judge.num_pending if judge is not None else 0,
+        "is_judge_ready": judge is not None and judge.is_ready,
+        "fence_open": fence.num_open if fence is not None else 0,
+        "retired": dict(_retired),
+        "missed": _num_missed,
+        "faults": sorted(ours._faults),
+        "retracted": ours.num_retracted,
+        "yielded": ours.rows.num_yielded,
+        "relieved": ours.pressure.num_relieved,
+    }
+    return None
+
+
+async def of_tokenizer(original: Callable[..., Any], self: Any) -> Any:
+    """AROUND `TokenizerManager.get_internal_state`: who waits for an answer there."""
+    from sglang_deepprune.patches import tokenizer_manager
+
+    states = await original(self)
+    if KEY in states[0]:
+        states[0][KEY]["tables"]["rid_to_state"] = len(self.rid_to_state)
+        states[0][KEY]["tables"]["stems"] = len(tokenizer_manager._BY_STEM)
+    return states
