@@ -19,6 +19,7 @@ rests on what all ranks share; probabilities are read on the leader alone.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 from array import array
@@ -210,9 +211,11 @@ class Probes:
             run = self.engine.coordinator.runs.get(wish.fork.group_id)
             if run is None or run.group.epoch != wish.fork.epoch:
                 del self.wishes[key]
+                if self.engine.is_idle and not self.wishes:
+                    self.engine.log_tables()
                 continue
             wish.patience -= 1
-            if room > 0 and not self._off:
+            if room > 0 and not self._off and not _is_fresh(self.engine.req_of(*key)):
                 room -= 1
                 self._inject(key, wish)
             elif wish.patience <= 0 or self._off:
@@ -428,6 +431,8 @@ class Probes:
     def _forget(self, one: _Running) -> None:
         self.running.pop(one.req.rid, None)
         sampling.PROBES.pop(one.req.rid, None)
+        if self.engine.is_idle and not self.wishes:
+            self.engine.log_tables()  # they outlive their group by a step
 
     def _tell(self, fork: Fork, *, num_tokens: int = 0, failure: str) -> None:
         self.engine.coordinator.probed(
@@ -436,12 +441,20 @@ class Probes:
 
     def _log(self, one: _Running, tail: int, decoded: int, values: Sequence[float]) -> None:
         if self.engine.steps.is_on:
+            ids = one.req.output_ids
             line = {
                 "group": one.fork.group_id, "index": one.fork.index,
                 "shared": one.req.num_shared, "tail": tail, "decoded": decoded,
-                "least": min(values) if values else None, "failure": one.failure,
+                "probabilities": [round(value, 6) for value in values], "failure": one.failure,
+                "digest": hashlib.blake2b(ids.tobytes(), digest_size=8).hexdigest(),
             }  # fmt: skip
             logger.info("deepprune-probe %s", json.dumps(line))
+
+
+def _is_fresh(sibling: Any) -> bool:
+    """Its prefill's result may still be out: the tree then takes what it has already, frees the
+    request's own copies and points its row elsewhere (`checkpoint_kv_cache`), but not a fork's."""
+    return sibling is not None and sibling.kv.holds_kv and sibling.decode_batch_idx == 0
 
 
 def _paged(tokens: int, page: int) -> int:

@@ -239,7 +239,7 @@ class Engine:
         del self.pending[group_id]
         finish.annotate(req.finished_reason, Retired(retired.choice, record))
         self.scheduler.output_streamer.stream_output([req], req.return_logprob)
-        self._log_tables()
+        self.log_tables()
 
     def _act(self, actions: Sequence[Action]) -> None:
         ended: dict[State, list[Any]] = {}
@@ -365,7 +365,7 @@ class Engine:
             self.pending[live.group_id] = (req, retired)
         else:
             finish.annotate(req.finished_reason, retired)
-        self._log_tables()
+        self.log_tables()
 
     def aborted(self, output: AbortReq) -> None:
         """SGLang tells the tokenizer that a queued sibling is gone.
@@ -387,7 +387,7 @@ class Engine:
             # The group's record rides on the abort, if it is the last to leave.
             output.finished_reason = {**output.finished_reason, **finish.payload(retired)}
         self._lost.add(live.group_id)
-        self._log_tables()
+        self.log_tables()
 
     def wake(self, group_id: str) -> None:
         """No group is ever asleep: with nothing started and somebody held it is replanned."""
@@ -419,7 +419,7 @@ class Engine:
         self.rows.extras.pop(live.req.rid, None)
         sampling.SEEDS.pop(live.req.rid, None)
 
-    def _log_tables(self) -> None:
+    def log_tables(self) -> None:
         own = {
             "live": len(self.live), "rids": len(self.rids), "pending": len(self.pending),
             "held": len(self.room.held), "extras": len(self.rows.extras),
