@@ -13,14 +13,14 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from benchmarks.scripted import plugin_env, write_scripts
+from benchmarks.scripted import Reading, plugin_env, write_scripts
 from sglang_deepprune.probing import CLOSING, MAX_TOKENS, SURE
 from sglang_deepprune.reasoner import model_path, questions
 from tests.engine import scenario
@@ -53,11 +53,11 @@ HIGH, LOW = 30.0, 3.0  # logits over 511 zeros: a probability of 1.0, and of 0.0
 def probe_env(tiny: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("probes")
 
-    def reading(text: str, logit: float = HIGH) -> tuple[list[int], float]:
+    def reading(text: str, logit: float = HIGH) -> Reading:
         return tokenizer.encode(text), logit
 
     said = [reading(f"{answer}}}.") for answer in ANSWERS]
-    scripts = {
+    scripts: dict[str, tuple[list[str], list[list[Reading]]]] = {
         OWN: (TEXTS, []),
         SURELY: (TEXTS, [[one] for one in said]),
         # Siblings 0 to 3 are sure at the second window, 4 to 7 never.
@@ -68,7 +68,8 @@ def probe_env(tiny: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
         MUTE: (TEXTS, [[reading("wait thus since so " * 8)]] * 8),
         LONG: ([trace("A", 600, "1", turn) for turn in range(12)], []),
     }  # fmt: skip
-    tokens, probes = {}, {}
+    tokens: dict[tuple[int, ...], Sequence[Sequence[int]]] = {}
+    probes: dict[tuple[int, ...], list[list[Reading]]] = {}
     for prompt, (texts, answers) in scripts.items():
         ids = tuple(tokenizer.encode(prompt))
         tokens[ids] = scenario.token_lists(tokenizer, texts)
@@ -103,7 +104,7 @@ def test_a_fork_answers_as_a_request_with_the_same_tokens_would(prober: Server, 
     lines = probes_of(prober)
     page = 16 if "page16" in prober.name else 1
     prompt, closing = tokenizer.encode(OWN), tokenizer.encode(CLOSING)
-    found = Counter()
+    found: Counter[bool] = Counter()
     for line in lines:
         assert line["failure"] is None
         assert line["shared"] % page == 0 and line["shared"] > len(prompt)
