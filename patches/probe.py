@@ -168,6 +168,7 @@ class Probes:
         self.running: dict[str, _Running] = {}  # rid ->
         self._admitting: list[_Running] = []
         self._was_full = False
+        self.num_taken = 0  # off their rows, before they had answered
         self._count = 0
         self._closing = probing.closing_of(engine.config.judge)
         self._ids: dict[str, list[int]] = {}  # closing text -> its tokens
@@ -413,6 +414,7 @@ class Probes:
         one = self.running.get(req.rid)
         if one is None:
             return
+        self.num_taken += 1
         self._forget(one)
         tail = len(req.origin_input_ids) - req.num_shared
         self._tell(one.fork, num_tokens=tail + len(req.output_ids), failure=one.failure or failure)

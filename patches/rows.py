@@ -88,6 +88,7 @@ class Rows:
             running += [req for req in last.reqs if not req.finished()]
         rows = len(running)
         claimed = rows - sum(policy.num_extras(group) for group in groups)
+        claimed -= len(self.engine.probes.running)
         limit = self.model.rows_within(max(1, claimed), self.growth)
         free = self.scheduler.get_num_allocatable_reqs(rows)
         if limit is not None:

@@ -429,7 +429,7 @@ class Engine:
         self.steps.tables({**self.coordinator.sizes, **own, "seeds": len(sampling.SEEDS)})
         self.steps.counts({
             "yielded": self.rows.num_yielded, "relieved": self.pressure.num_relieved,
-            "retracted": self.num_retracted,
+            "retracted": self.num_retracted, "probes_taken": self.probes.num_taken,
         })  # fmt: skip
 
     def siblings_of(self, stem: str) -> list[str]:

@@ -38,7 +38,7 @@ import numpy as np
 from sglang_deepprune import card as cards
 from sglang_deepprune import training, vote_study
 from sglang_deepprune.config import ConfigError
-from sglang_deepprune.judges import Judge, check_judge, load_judge
+from sglang_deepprune.judges import Judge, check_offline, load_judge
 from sglang_deepprune.judges.belief import save_weights
 from sglang_deepprune.report import Row, print_table, write_json
 from sglang_deepprune.traces import (
@@ -391,7 +391,7 @@ def _judge_of(args: argparse.Namespace, questions: Sequence[Question]) -> JudgeO
         if not 2 <= args.folds <= len(questions):
             raise ConfigError("folds", f"must be 2 to {len(questions)}, the number of questions")
         return folded_belief(questions, args.folds, args.seed)
-    check_judge(args.judge)
+    check_offline(args.judge)
     judge = load_judge(args.judge)
     return lambda place: judge
 

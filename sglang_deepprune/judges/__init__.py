@@ -145,6 +145,13 @@ def check_judge(spec: str) -> None:
             raise ConfigError("judge", f"{name!r} needs the package {package}; run {remedy}")
 
 
+def check_offline(spec: str) -> None:
+    """The same for recorded traces, which have no model behind them."""
+    check_judge(spec)
+    if spec.partition(":")[0] == "probe":
+        raise ConfigError("judge", "'probe' asks the serving model; recorded traces have none")
+
+
 def load_judge(spec: str) -> Judge:
     """The judge that `spec` names, ready to score. Slow: loads its model."""
     check_judge(spec)

@@ -29,6 +29,7 @@ from tests.engine.scenario import trace
 from tests.engine.server import Server
 from tests.engine.test_groups import ask, group_of, own_slots, states
 from tests.engine.test_lazy import in_background, server_load
+from tests.engine.test_parallel import CORES
 from tests.engine.test_reasoner_server import sample
 
 pytestmark = pytest.mark.stacks
@@ -248,6 +249,22 @@ def test_a_pause_in_the_middle_of_probes_loses_nobody(prober: Server, mode: str)
         settle(prober)
 
 
+@pytest.mark.slow
+def test_two_tensor_parallel_ranks_fork_and_prune_alike(tiny: Path, probe_env: Any):
+    flags = (*COMMON, "--deepprune-judge", "probe", "--tp", "2")
+    with Server(tiny, *flags, env={**probe_env, **CORES}) as server:
+        for _ in range(3):
+            before = len(probes_of(server))
+            group = group_of(ask(server, SURELY, 8, PAPER))
+            assert sorted(map(sorted, group["clusters"])) == [[0, 1, 3, 5, 6], [2, 4, 7]]
+            server.wait_idle()
+            # Both ranks log every probe: the same siblings, cut at the same token, same answers.
+            keys = ("index", "shared", "tail", "decoded", "digest", "failure")
+            seen = Counter(tuple(one[key] for key in keys) for one in probes_of(server, before))
+            assert len(seen) == 8 and set(seen.values()) == {2}
+        settle(server)
+
+
 @pytest.mark.parametrize("page", ["1", "16"])
 def test_probes_give_way_when_rows_or_kv_are_short(tiny: Path, probe_env: Any, page: str):
     """Six rows for six siblings: whoever else comes needs a probe's or waits as ever."""
@@ -270,6 +287,7 @@ def test_probes_give_way_when_rows_or_kv_are_short(tiny: Path, probe_env: Any, p
                 assert not other.is_alive()
             assert states(replies[0].json()) == ["finished"] * 6
             settle(server)
+        assert server.log_lines("deepprune-counts")[-1]["probes_taken"] > 0
 
 
 def stranger(server: Server) -> None:

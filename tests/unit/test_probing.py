@@ -12,7 +12,7 @@ from sglang_deepprune.clustering import place
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator, Fork, Stop
 from sglang_deepprune.group import State
-from sglang_deepprune.judges import check_judge, load_judge
+from sglang_deepprune.judges import check_judge, check_offline, load_judge
 from sglang_deepprune.judges.permission import card_path
 from sglang_deepprune.judges.probe import ProbeJudge
 from sglang_deepprune.probing import CLOSING, ProbeDesk, box_end, closing_of, read
@@ -275,4 +275,6 @@ def test_the_box_may_be_opened_by_a_text_of_your_own():
     assert load_judge("probe: so \\boxed{").name == "probe"
     with pytest.raises(ConfigError, match="must end in an open box"):
         check_judge("probe:answer")
+    with pytest.raises(ConfigError, match="recorded traces have none"):
+        check_offline("probe")
     assert card_path("probe: so \\boxed{") is None
