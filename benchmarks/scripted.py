@@ -4,6 +4,8 @@ Only the choice of the next token is scripted. Model forward, scheduler, radix c
 hooks and the API are the real ones. The plugin works with deepprune on or off (then siblings are
 told apart by their order of arrival), so both can be measured on the same traces.
 
+What a probe (judge `probe`) answers can be scripted as well, through the logits that it sees.
+
 `plugin_env` makes the folder that lets SGLang's `importlib.metadata` find it in every process.
 """
 
@@ -22,10 +24,23 @@ _scripts: dict[tuple[int, ...], list[list[int]]] = {}
 _arrivals: dict[tuple[int, ...], int] = defaultdict(int)
 _by_rid: dict[str, tuple[int, list[int]]] = {}  # rid -> (prompt length, tokens to emit)
 
+Reading = tuple[Sequence[int], float]  # what a probe decodes, and the logit of each token over 0
+_probes: dict[tuple[int, ...], list[list[Reading]]] = {}  # prompt -> sibling -> probe after probe
+_readings: dict[tuple[str, int], list[Reading]] = {}  # (group, sibling) -> what is left of them
+_leans: dict[str, tuple[int, Reading]] = {}  # rid of a probe -> (its prompt's length, its reading)
 
-def write_scripts(path: Path, scripts: dict[tuple[int, ...], Sequence[Sequence[int]]]) -> None:
-    """{prompt ids: one list of output ids a sibling}; each should end with the model's EOS."""
-    body = [{"prompt": list(prompt), "tokens": [list(t) for t in tokens]}
+
+def write_scripts(
+    path: Path,
+    scripts: dict[tuple[int, ...], Sequence[Sequence[int]]],
+    probes: dict[tuple[int, ...], list[list[Reading]]] | None = None,
+) -> None:
+    """{prompt ids: one list of output ids a sibling}; each should end with the model's EOS.
+
+    `probes`: {prompt ids: what the probes of each sibling answer, one after the other}.
+    """
+    body = [{"prompt": list(prompt), "tokens": [list(t) for t in tokens],
+             "probes": (probes or {}).get(prompt, [])}
             for prompt, tokens in scripts.items()]  # fmt: skip
     path.write_text(json.dumps(body))
 
@@ -54,12 +69,18 @@ def register() -> None:
 
     for entry in json.loads(Path(os.environ[FILE_VARIABLE]).read_text()):
         _scripts[tuple(entry["prompt"])] = entry["tokens"]
+        if entry.get("probes"):
+            _probes[tuple(entry["prompt"])] = entry["probes"]
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue", note, HookType.AROUND
     )
     HookRegistry.register(
         "sglang.srt.model_executor.model_runner.ModelRunner.sample", play, HookType.AROUND
     )
+    if _probes:
+        HookRegistry.register(
+            "sglang.srt.model_executor.model_runner.ModelRunner.forward", lean, HookType.AFTER
+        )
 
 
 def note(original: Callable[..., Any], self: Any, req: Any, is_retracted: bool = False) -> Any:
@@ -73,7 +94,27 @@ def note(original: Callable[..., Any], self: Any, req: Any, is_retracted: bool =
             index = _arrivals[prompt]
             _arrivals[prompt] += 1
         _by_rid[req.rid] = (len(prompt), tokens[index % len(tokens)])
+        if prompt in _probes and index < len(_probes[prompt]):
+            _readings[tag["gid"], index] = list(_probes[prompt][index])
     return original(self, req, is_retracted)
+
+
+def lean(result: Any, self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `ModelRunner.forward`: a scripted probe's next token stands out by its logit."""
+    logits = result.logits_output.next_token_logits
+    for row, rid in enumerate(forward_batch.rids or ()):
+        if not rid.startswith("__deepprune_probe_"):
+            continue
+        length = int(forward_batch.seq_lens[row])
+        if rid not in _leans:
+            group, index, _ = rid.removeprefix("__deepprune_probe_").rsplit("_", 2)
+            left = _readings.get((group, int(index)))
+            if not left:
+                continue
+            _leans[rid] = (length, left.pop(0) if len(left) > 1 else left[0])
+        start, (tokens, logit) = _leans[rid]
+        logits[row] = 0.0
+        logits[row, tokens[min(length - start, len(tokens) - 1)]] = logit
 
 
 def play(original: Callable[..., Any], self: Any, logits_output: Any, forward_batch: Any) -> Any:

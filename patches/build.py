@@ -13,6 +13,7 @@ from sglang_deepprune.judges.permission import sentence
 from sglang_deepprune.judging import JudgeWorker
 from sglang_deepprune.patches import seams, server_args
 from sglang_deepprune.patches.scheduler import Engine
+from sglang_deepprune.probing import ProbeDesk, is_probe
 from sglang_deepprune.truncation import plain_decoder
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,15 @@ def _worker(config: DeepPruneConfig) -> JudgeWorker:
 def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
     """Children (judge, answer fence) exist on the leader only: the rank that reads requests."""
     is_leader = _is_leader(scheduler)
-    judge = fence = None
+    judge: JudgeWorker | ProbeDesk | None = None
+    fence = None
     if is_leader:
         fence = Fence()
         fence.warm_up()
         if config.judge != "none":
             judge = _early or _worker(config)
+            if is_probe(config.judge):
+                judge = ProbeDesk(judge)
             judge.start()
     tokenizer = scheduler.tokenizer
 

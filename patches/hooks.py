@@ -16,6 +16,7 @@ from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
 from sglang_deepprune.patches.build import build_engine, start_judge_early
+from sglang_deepprune.patches.probe import ProbeReq
 from sglang_deepprune.patches.scheduler import _COMMANDS, Arrival, Engine
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,9 @@ def add_request_to_queue(
     ours = _engine
     if ours is None:
         return original(self, req, is_retracted)
+    if isinstance(req, ProbeReq):
+        ours.probes.guard(ours.probes.lost, req)  # off its row: it does not come back
+        return None
     custom = req.sampling_params.custom_params
     if not custom or not wire.is_ours(custom, ours.token):
         if ours.coordinator.is_idle or is_retracted or req.is_retracted:
@@ -139,14 +143,19 @@ def get_new_batch_prefill(
 ) -> Any:
     """AROUND `Scheduler._get_new_batch_prefill_raw`: extras yield, or start."""
     ours = _engine
-    if ours is None or not (ours.room.held or ours.rows.extras or ours.prefixes.locks):
+    if ours is None or not (
+        ours.room.held or ours.rows.extras or ours.prefixes.locks or ours.probes.is_busy
+    ):
         return original(self, *args, **kwargs)
     # Handed in since 0.5.19.
     batch = kwargs.get("running_batch", args[1] if len(args) > 1 else self.running_batch)
+    ours.probes.guard(ours.probes.sweep)
     ours.guard(ours.rows.before_prefill, batch)
+    ours.probes.guard(ours.probes.before_prefill, batch)
     planned = original(self, *args, **kwargs)
     new, batch = planned if isinstance(planned, tuple) else (planned, self.running_batch)
     ours.guard(ours.rows.after_prefill, batch)
+    ours.probes.guard(ours.probes.after_prefill, batch)
     ours.guard(ours.after_admission, new, batch)
     return planned
 
@@ -188,11 +197,13 @@ def process_batch_result_decode(
         return original(self, batch, result)
     if ours.steps.is_on:
         return _timed(original, self, batch, result, ours)
-    if ours.coordinator.is_idle:
+    if ours.is_idle:
         return original(self, batch, result)
     ours.guard(ours.before_result, batch, result)
     returned = original(self, batch, result)
     ours.guard(ours.after_result, batch)
+    if ours.probes.running:
+        ours.probes.guard(ours.probes.after_result)
     ours.rows.decoded(len(batch.reqs))
     return returned
 
@@ -200,7 +211,7 @@ def process_batch_result_decode(
 def update_running_batch(original: Callable[..., Any], self: Any, batch: Any) -> Any:
     """AROUND `Scheduler.update_running_batch`, which retracts when the KV pool is full."""
     ours = _engine
-    if ours is not None and ours.live:
+    if ours is not None and (ours.live or ours.probes.running):
         ours.guard(ours.pressure.relieve, batch)
     return original(self, batch)
 
@@ -212,15 +223,17 @@ def _timed(original: Callable[..., Any], self: Any, batch: Any, result: Any, our
     """The same with a clock around our part."""
     global _last_end
     start = time.perf_counter_ns()
-    if not ours.coordinator.is_idle:
+    if not ours.is_idle:
         ours.guard(ours.before_result, batch, result)
     middle = time.perf_counter_ns()
     ours.steps.begin()
     returned = original(self, batch, result)
     ours.steps.end()
     resumed = time.perf_counter_ns()
-    if not ours.coordinator.is_idle:
+    if not ours.is_idle:
         ours.guard(ours.after_result, batch)
+        if ours.probes.running:
+            ours.probes.guard(ours.probes.after_result)
         ours.rows.decoded(len(batch.reqs))
     end = time.perf_counter_ns()
     if _last_end:
@@ -234,9 +247,13 @@ def process_batch_result_prefill(
 ) -> Any:
     """AROUND `process_batch_result_prefill`: decode rows of a mixed batch count their step here."""
     ours = _engine
+    if ours is not None and ours.probes.running:
+        ours.guard(ours.before_prefill_result, batch, result)
     returned = original(self, batch, result)
-    if ours is not None and not ours.coordinator.is_idle:
+    if ours is not None and not ours.is_idle:
         ours.rows.interrupted()
+        if ours.probes.running:
+            ours.probes.guard(ours.probes.after_result)
         if ours.room.held:
             ours.guard(ours.after_prefill, batch)
         if batch.decoding_reqs:
@@ -249,8 +266,12 @@ def stream_output(
 ) -> Any:
     """AROUND `SchedulerOutputStreamer.stream_output`: the door through which siblings end."""
     ours = _engine
-    if ours is None or not (ours.live or ours.pending):
+    if ours is None or not (ours.live or ours.pending or ours.probes.running):
         return original(self, reqs, return_logprob, skip_req)
+    if ours.probes.running:
+        reqs = ours.probes.without(reqs)
+        if not reqs:
+            return None
     ours.guard(ours.close, reqs, skip_req)
     if ours.pending:
         # Under overlap a finished row comes by once more, in the batch that was launched already.
@@ -264,6 +285,8 @@ def send_output(original: Callable[..., Any], self: Any, output: Any, recv_obj: 
     """AROUND `SenderWrapper.send_output`: the other door, for siblings aborted in a queue."""
     ours = _engine
     if ours is not None and isinstance(output, AbortReq):
+        if ours.probes.owns(output.rid):
+            return ours.probes.guard(ours.probes.aborted, output.rid)
         ours.guard(ours.aborted, output)
     return original(self, output, recv_obj)
 

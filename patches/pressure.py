@@ -1,10 +1,10 @@
 """When the KV pool is full, somebody dispensable goes before SGLang retracts anybody.
 
 SGLang retracts whoever has generated least (`ScheduleBatch.retract_decode`), a stranger as soon as
-a sibling. Before it comes to that, in this order: extras give their rows back; of a group over its
-fair share of the rows, a sibling that a judge found redundant is pruned, else the youngest one goes
-back to its group. Never anybody of a group within its share, never the last one of a group. All
-ranks see the same rows and act alike.
+a sibling. Before it comes to that, in this order: probes end; extras give their rows back; of a
+group over its fair share of the rows, a sibling that a judge found redundant is pruned, else the
+youngest one goes back to its group. Never anybody of a group within its share, never the last one
+of a group. All ranks see the same rows and act alike.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang_deepprune import policy
+from sglang_deepprune.patches.probe import ProbeReq
 from sglang_deepprune.patches.rows import can_be_released
 
 if TYPE_CHECKING:
@@ -38,12 +39,18 @@ class Pressure:
             return  # SGLang waits for their KV rather than retract
         self.engine.rows.promote()
         while len(batch.reqs) > 1 and not batch.check_decode_mem():
-            if self.engine.rows.yield_rows(batch, 1) or self._shed(batch):
+            if self._yield_one(batch) or self._shed(batch):
                 self.num_relieved += 1
             elif self.engine.prefixes.locks:
                 self.engine.prefixes.let_go_all()
             else:
                 return
+
+    def _yield_one(self, batch: Any) -> int:
+        """A probe's row, else an extra's."""
+        probes = self.engine.probes
+        taken = probes.guard(probes.give_way, batch, 1)
+        return taken or self.engine.rows.yield_rows(batch, 1)
 
     def _shed(self, batch: Any) -> bool:
         """Take one row from the group that is furthest over its share."""
@@ -51,6 +58,8 @@ class Pressure:
         num_strangers = 0
         for place, req in enumerate(batch.reqs):
             live = self.engine.live.get(req.rid)
+            if isinstance(req, ProbeReq):
+                continue
             if live is None:
                 num_strangers += 1
             elif can_be_released(req):

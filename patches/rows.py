@@ -110,6 +110,7 @@ class Rows:
             running += [req for req in last.reqs if not req.finished()]
         rows = len(running)
         claimed = rows - sum(policy.num_extras(group) for group in groups)
+        claimed -= len(self.engine.probes.running)
         limit = self.model.rows_within(max(1, claimed), self.growth)
         free = self.scheduler.get_num_allocatable_reqs(rows)
         if limit is not None:
@@ -125,9 +126,9 @@ class Rows:
         if not expected:
             return len(self.engine.room.held)  # SGLang's own estimate decides
         needed = sum(max(0.0, expected - len(req.output_ids)) for req in running)
-        return max(0, int((self._free_tokens() - needed) / expected))
+        return max(0, int((self.free_tokens() - needed) / expected))
 
-    def _free_tokens(self) -> int:
+    def free_tokens(self) -> int:
         """KV slots that are free or can be evicted; hybrid caches tell one number a kind."""
         evictable = self.scheduler.tree_cache.evictable_size()
         evictable = min(evictable) if isinstance(evictable, tuple) else evictable
@@ -141,8 +142,11 @@ class Rows:
         self.promote()
         waiting = self.scheduler.waiting_queue
         if waiting:
-            if self.extras and self._is_blocked(batch):
-                self.yield_rows(batch, len(waiting))
+            probes = self.engine.probes
+            if (self.extras or probes.running) and self._is_blocked(batch):
+                count = len(waiting) - (probes.guard(probes.give_way, batch, len(waiting)) or 0)
+                if count > 0:
+                    self.yield_rows(batch, count)
             return
         self._was_full = batch.batch_is_full
         if self.scheduler.grammar_manager.has_waiting_grammars():
@@ -194,6 +198,15 @@ class Rows:
 
     def release(self, batch: Any, places: Sequence[int]) -> list[Any]:
         """Take these rows of the running batch; their requests wait within their groups again."""
+        reqs = self.take_off(batch, places)
+        for req in reqs:
+            self.send_back(req)
+            req.time_stats.set_wait_queue_entry_time()  # as for any retracted request
+        self.num_yielded += len(reqs)
+        return reqs
+
+    def take_off(self, batch: Any, places: Sequence[int]) -> list[Any]:
+        """Take these rows of the running batch; whose they were owns neither row nor KV now."""
         if not places:
             return []
         reqs = [batch.reqs[place] for place in places]
@@ -205,10 +218,6 @@ class Rows:
         taken = set(places)
         batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i not in taken])
         batch.batch_is_full = False
-        self.num_yielded += len(reqs)
-        for req in reqs:
-            self.send_back(req)
-            req.time_stats.set_wait_queue_entry_time()  # as for any retracted request
         return reqs
 
     def send_back(self, req: Any) -> None:

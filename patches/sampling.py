@@ -1,4 +1,4 @@
-"""Per-row noise for seeded siblings, and nothing for anybody else's rows.
+"""Per-row noise for seeded siblings, the best token for probes, nothing for anybody else's rows.
 
 `ModelRunner.sample` knows whose rows are sampled (`forward_batch.rids`), `Sampler.
 _sample_from_probs` holds their probabilities; both run in the same call. Only the tagged rows'
@@ -17,19 +17,38 @@ from sglang_deepprune.noise import draw
 
 # rid -> seed of the sibling's stream. Filled at admission, emptied when the sibling ends.
 SEEDS: dict[str, int] = {}
+# rid -> the probabilities of a probe's tokens so far, [] float32 each, on the device
+PROBES: dict[str, list[torch.Tensor]] = {}
 _CHUNK = 32  # rows
 _rows: list[tuple[int, int]] = []  # (row, seed) of the batch that is being sampled
 
 
 def sample(original: Callable[..., Any], self: Any, logits_output: Any, forward_batch: Any) -> Any:
     """AROUND `ModelRunner.sample`."""
-    if not SEEDS or not forward_batch.rids:
+    if not (SEEDS or PROBES) or not forward_batch.rids:
         return original(self, logits_output, forward_batch)
+    probes = [row for row, rid in enumerate(forward_batch.rids) if rid in PROBES] if PROBES else []
+    # Before the sampler, which scales logits in place.
+    best = _best(logits_output.next_token_logits, probes) if probes else None
     _rows[:] = [(row, SEEDS[rid]) for row, rid in enumerate(forward_batch.rids) if rid in SEEDS]
     try:
-        return original(self, logits_output, forward_batch)
+        ids = original(self, logits_output, forward_batch)
     finally:
         _rows.clear()
+    if best is not None:
+        places, values, tokens = best
+        ids[places] = tokens.to(ids.dtype)
+        for row, value in zip(probes, values.unbind(), strict=True):
+            PROBES[forward_batch.rids[row]].append(value)
+    return ids
+
+
+def _best(logits: torch.Tensor, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """([p] rows, [p] float32 probability at temperature 1, [p] int64 token): each probe's best."""
+    places = torch.tensor(rows, dtype=torch.int64, device=logits.device)
+    chosen = logits[places].float()
+    highest, tokens = chosen.max(dim=-1)
+    return places, (highest - chosen.logsumexp(dim=-1)).exp(), tokens
 
 
 def sample_from_probs(

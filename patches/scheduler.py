@@ -19,21 +19,30 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.coordinator import Action, Command, Coordinator, Retired, Start, Stop
+from sglang_deepprune.coordinator import (
+    Action,
+    Command,
+    Coordinator,
+    Fork,
+    Retired,
+    Start,
+    Stop,
+)
 from sglang_deepprune.group import State
 from sglang_deepprune.noise import sibling_seed
 from sglang_deepprune.patches import finish, sampling, wire
 from sglang_deepprune.patches.prefix import PrefixHold
 from sglang_deepprune.patches.pressure import Pressure
+from sglang_deepprune.patches.probe import Probes
 from sglang_deepprune.patches.rows import Rows
 from sglang_deepprune.patches.server_args import token_of
 from sglang_deepprune.patches.steplog import StepLog
 from sglang_deepprune.patches.waiting import WaitingRoom
-from sglang_deepprune.types import Close, Expire, FenceResult, Fill, JudgeResult
+from sglang_deepprune.types import Close, Expire, FenceResult, Fill, JudgeResult, Probe
 
 logger = logging.getLogger(__name__)
 
-_COMMANDS = (JudgeResult, FenceResult, Close, Expire, Fill)
+_COMMANDS = (JudgeResult, FenceResult, Close, Expire, Fill, Probe)
 _THINK_TAIL = 8  # tokens of the prompt's end
 _THINK_MARKS = ("<think>", "<thinking>", "<reasoning>", "[THINK]", "◁think▷")
 
@@ -77,10 +86,16 @@ class Engine:
         self.rows = Rows(self, config.fill)
         self.prefixes = PrefixHold(scheduler.tree_cache)
         self.pressure = Pressure(self)
+        self.probes = Probes(self)
         self.num_retracted = 0  # siblings that SGLang retracted
         self._lost: set[str] = set()  # groups that lost siblings to an abort, not replanned yet
         self._faults: set[str] = set()
         self._at = ""  # the group that a guarded step is at
+
+    @property
+    def is_idle(self) -> bool:
+        """No group lives and no probe of one is left: every hook returns at once."""
+        return not self.coordinator.runs and not self.probes.running
 
     # -- admission ---------------------------------------------------------------------------
 
@@ -139,12 +154,9 @@ class Engine:
     def before_result(self, batch: Any, result: Any) -> None:
         """This step's tokens are known, nothing is finished yet: see natural ends first, so that a
         deciding vote ends its group's siblings in this very step."""
-        if not batch.spec_algorithm.is_none() or result.next_token_ids is None:
+        tokens = _tokens(batch, result)
+        if tokens is None:
             return
-        if result.copy_done is not None:
-            result.copy_done.synchronize()  # the original does the same right after
-        ids = result.next_token_ids
-        tokens = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         self.replan_lost()
         for req, token in zip(batch.reqs, tokens, strict=False):
             live = self.live.get(req.rid)
@@ -160,6 +172,14 @@ class Engine:
             self._at = live.group_id
             output_ids = [*req.output_ids, token] if is_cut else list(req.output_ids)
             self._act(self.coordinator.vote(live.group_id, live.index, output_ids, is_cut))
+        if self.probes.running:
+            self.probes.guard(self.probes.before_result, batch, tokens)
+
+    def before_prefill_result(self, batch: Any, result: Any) -> None:
+        """Probes in a prefill batch: their first token is known."""
+        tokens = _tokens(batch, result)
+        if tokens is not None:
+            self.probes.guard(self.probes.before_result, batch, tokens)
 
     def after_prefill(self, batch: Any) -> None:
         """First tokens: a group that holds siblings back keeps its prompt's pages for them."""
@@ -225,7 +245,7 @@ class Engine:
         del self.pending[group_id]
         finish.annotate(req.finished_reason, Retired(retired.choice, record))
         self.scheduler.output_streamer.stream_output([req], req.return_logprob)
-        self._log_tables()
+        self.log_tables()
 
     def _act(self, actions: Sequence[Action]) -> None:
         ended: dict[State, list[Any]] = {}
@@ -233,6 +253,9 @@ class Engine:
         for action in actions:
             req = self.req_of(action.group_id, action.index)
             if req is None:
+                continue
+            if isinstance(action, Fork):
+                self.probes.wish(action)
                 continue
             if isinstance(action, Start):
                 if self.room.take(req):
@@ -348,7 +371,7 @@ class Engine:
             self.pending[live.group_id] = (req, retired)
         else:
             finish.annotate(req.finished_reason, retired)
-        self._log_tables()
+        self.log_tables()
 
     def aborted(self, output: AbortReq) -> None:
         """SGLang tells the tokenizer that a queued sibling is gone.
@@ -373,7 +396,7 @@ class Engine:
             reason = output.finished_reason or {"type": "abort", "message": message}
             output.finished_reason = {**reason, **finish.payload(retired)}
         self._lost.add(live.group_id)
-        self._log_tables()
+        self.log_tables()
 
     def wake(self, group_id: str) -> None:
         """No group is ever asleep: with nothing started and somebody held it is replanned."""
@@ -405,16 +428,17 @@ class Engine:
         self.rows.extras.pop(live.req.rid, None)
         sampling.SEEDS.pop(live.req.rid, None)
 
-    def _log_tables(self) -> None:
+    def log_tables(self) -> None:
         own = {
             "live": len(self.live), "rids": len(self.rids), "pending": len(self.pending),
             "held": len(self.room.held), "extras": len(self.rows.extras),
             "prefixes": len(self.prefixes.locks),
+            "probes": len(self.probes.wishes) + len(self.probes.running),
         }  # fmt: skip
         self.steps.tables({**self.coordinator.sizes, **own, "seeds": len(sampling.SEEDS)})
         self.steps.counts({
             "yielded": self.rows.num_yielded, "relieved": self.pressure.num_relieved,
-            "retracted": self.num_retracted,
+            "retracted": self.num_retracted, "probes_taken": self.probes.num_taken,
         })  # fmt: skip
 
     def siblings_of(self, stem: str) -> list[str]:
@@ -448,10 +472,21 @@ class Engine:
             if is_held:
                 self.room.queue(live.req)
         for one in gone:
+            self.probes.end_group(one)
             self.prefixes.let_go(one)
             req, _ = self.pending.pop(one, (None, None))
             if req is not None:
                 self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+
+
+def _tokens(batch: Any, result: Any) -> list[int] | None:
+    """[rows] the tokens of this step, before SGLang has looked at them; None: not one a row."""
+    if not batch.spec_algorithm.is_none() or result.next_token_ids is None:
+        return None
+    if result.copy_done is not None:
+        result.copy_done.synchronize()  # the original does the same right after
+    ids = result.next_token_ids
+    return ids.tolist() if hasattr(ids, "tolist") else list(ids)
 
 
 def _ends_with(req: Any, token: int) -> tuple[bool, bool]:

@@ -25,6 +25,7 @@ from sglang_deepprune.judges import check_judge
 from sglang_deepprune.judges.memory import check_memory
 from sglang_deepprune.judges.permission import with_card
 from sglang_deepprune.patches import seams
+from sglang_deepprune.probing import is_probe
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,12 @@ def _attach(server_args: Any, values: dict[str, Any]) -> None:
     config = with_card(config)
     config = with_memory(config)
     refuse_unproven_modes(server_args)
+    if is_probe(config.judge):
+        from sglang_deepprune.patches.probe import refusal  # imports SGLang's scheduler side
+
+        why = refusal(server_args)
+        if why:
+            raise ConfigError("judge", f"probe does not work here: {why}")
     setattr(server_args, ATTRIBUTE, Carrier(config))
     activate(config, everywhere=True)
 

@@ -51,7 +51,7 @@ class StepLog:
 
     def counts(self, numbers: dict[str, int]) -> None:
         """Since the start: rows that extras gave back, rows freed so that SGLang need not retract,
-        siblings that it did retract."""
+        siblings that it did retract, probes that were taken off their rows."""
         if self.is_on:
             logger.info("deepprune-counts %s", json.dumps(numbers))
 

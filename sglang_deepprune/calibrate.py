@@ -7,7 +7,7 @@ import sys
 
 from sglang_deepprune import evaluation
 from sglang_deepprune.config import ConfigError
-from sglang_deepprune.judges import check_judge, load_judge
+from sglang_deepprune.judges import check_offline, load_judge
 from sglang_deepprune.traces import CutError, TraceFileError, load, parse_cut
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError("false-merge", "must be between 0 and 1")
         parse_cut(args.cut)
         questions = [question for question in load(args.traces) if len(question.traces) > 1]
-        check_judge(args.judge)
+        check_offline(args.judge)
         judge = load_judge(args.judge)
     except (TraceFileError, CutError, ConfigError, ValueError) as error:
         print(f"sglang-deepprune calibrate: {error}", file=sys.stderr)

@@ -171,7 +171,8 @@ class DeepPruneConfig:
     )
     judge: str = _setting(
         "similarity", "Judge of trace pairs, NAME[:PATH]: similarity, trigrams, "
-        "encoder[:PATH], belief[:PATH], llm:PATH, remote:URL, oracle:PATH, "
+        "encoder[:PATH], belief[:PATH], llm:PATH, remote:URL, probe[:TEXT] (the serving model), "
+        "probe-server:URL (recorded traces), oracle:PATH, "
         "python:PKG.MOD:FACTORY (yours), none.",
         scope="server",
     )  # fmt: skip

@@ -22,6 +22,7 @@ from sglang_deepprune.answers import Fence, extract
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.judging import JudgeWorker
+from sglang_deepprune.probing import ProbeDesk, box_end, read
 from sglang_deepprune.record import choice_of, record_of
 from sglang_deepprune.truncation import Cut, make_cut
 from sglang_deepprune.types import (
@@ -33,13 +34,14 @@ from sglang_deepprune.types import (
     GroupRecord,
     JudgeResult,
     JudgeTask,
+    Probe,
     Trace,
 )
 from sglang_deepprune.voting import Ballot, Question
 
 logger = logging.getLogger(__name__)
 
-Command = JudgeResult | FenceResult | Close | Expire
+Command = JudgeResult | FenceResult | Close | Expire | Probe
 HOLD_LIMIT_S = 2.0  # the longest that a finished group's last output waits for the fence
 MOST_CUTS = 8  # traces that one decode step cuts and decodes; the others follow in the next ones
 ANSWER_TAIL_TOKENS = 2048  # an answer stands at a trace's end; decoding more would cost a step
@@ -62,7 +64,16 @@ class Start:
     index: int
 
 
-Action = Stop | Start
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Ask a copy of this running sibling for its answer. `epoch`: the group's, for `probed`."""
+
+    group_id: str
+    index: int
+    epoch: int
+
+
+Action = Stop | Start | Fork
 
 _PROMPT_TOKENS = 2048  # about a millisecond to decode, once a group
 
@@ -120,7 +131,7 @@ class Coordinator:
         decode: Callable[[Sequence[int]], str],
         *,
         read: Callable[[Sequence[int]], str] | None = None,
-        judge: JudgeWorker | None = None,
+        judge: JudgeWorker | ProbeDesk | None = None,
         fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -128,6 +139,7 @@ class Coordinator:
         self.decode = decode  # for answers: control tokens stay, they mark the thinking's end
         self.read = read or decode  # for judges: plain text, the same for every longer prefix
         self.judge = judge  # the leader's only
+        self.desk = judge if isinstance(judge, ProbeDesk) else None  # the same, if it is a probe's
         self.fence = fence  # the leader's only
         self.clock = clock
         self.runs: dict[str, Run] = {}
@@ -243,6 +255,8 @@ class Coordinator:
         sibling.has_voted = True
         if index in run.traces:
             run.traces[index] = replace(run.traces[index], answer=sibling.answer)
+            if self.desk is not None:
+                self.desk.ended(group_id, run.traces[index])
         elif group.config.is_judged:
             self._keep_trace(run, index, output_ids, is_end=True)
         self._ask(run, group.tally.add(Ballot(sibling.answer, index)))
@@ -259,6 +273,8 @@ class Coordinator:
             run.group.tally.give_up()
         elif isinstance(command, FenceResult):
             run.group.tally.resolve(command.low, command.high, command.is_same)
+        elif isinstance(command, Probe):
+            return self._forks(run, command)
         else:
             self._place(run, command)
         return self._replan(run)
@@ -331,6 +347,49 @@ class Coordinator:
             return None
         held[0].state = State.QUEUED
         return Start(group_id, held[0].index)
+
+    def is_answered(self, ids: Sequence[int]) -> bool:
+        """Whether a probe's tokens have closed the box that its text opened."""
+        return box_end(self.decode(ids)) is not None
+
+    def probed(
+        self,
+        group_id: str,
+        index: int,
+        epoch: int,
+        ids: Sequence[int] = (),
+        probabilities: Sequence[float] = (),
+        *,
+        num_tokens: int = 0,
+        failure: str = "",
+    ) -> None:
+        """A probe has ended, on every rank. Its probabilities are the leader's to read.
+
+        `num_tokens`: prefilled beside what was in the cache, and decoded. `failure`: why it has no
+        tokens, if that is worth a log line.
+        """
+        run = self.runs.get(group_id)
+        if run is None or run.group.epoch != epoch:
+            return
+        run.group.judge_tokens += num_tokens
+        if self.desk is None:
+            return
+        reading = None
+        if ids:
+            reading = read(ids, probabilities, self.decode)
+            failure = "" if reading is not None else "no answer in its box"
+        self.desk.told(group_id, index, reading, failure)
+
+    def _forks(self, run: Run, command: Probe) -> list[Action]:
+        """Of the siblings that run; the others cannot be asked now."""
+        forks: list[Action] = []
+        for index in command.indices:
+            sibling = run.group.siblings[index]
+            if sibling.state is State.RUNNING and sibling.is_live and not sibling.has_voted:
+                forks.append(Fork(command.group_id, index, command.epoch))
+            elif self.desk is not None:
+                self.desk.told(command.group_id, index, None)
+        return forks
 
     def is_asleep(self, group_id: str) -> bool:
         """Nothing of the group runs or is queued, and somebody is held: it must be replanned."""
@@ -415,6 +474,8 @@ class Coordinator:
     def _look(self, run: Run, outputs: Mapping[int, Sequence[int]]) -> None:
         """Cut what has become long enough, and hand it over unless the judge is at it already."""
         group = run.group
+        if self.desk is not None and group.steps % group.config.window == 0:
+            self.desk.window(group.group_id)
         num_before = len(run.traces)
         run.is_behind = False
         for index, output_ids in outputs.items():

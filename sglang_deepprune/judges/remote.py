@@ -69,6 +69,49 @@ class Circuit:
         self._opened_s = -math.inf
 
 
+class Http:
+    """JSON over HTTP to one server: retries with back-off, verified TLS, no redirect.
+
+    Attributes
+    ----------
+    until : float
+        `time.monotonic()` at which the call that runs must have ended.
+    """
+
+    def __init__(self, url: str, retries: int = 2, backoff_s: float = 0.2):
+        self.url = url.rstrip("/")
+        self.retries = retries
+        self.backoff_s = backoff_s
+        self.until = math.inf
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def send(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """A JSON reply. Raises `JudgeError`; its text holds no part of a request."""
+        headers = {"Content-Type": "application/json"}
+        key = os.environ.get(KEY_VARIABLE)
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        reason = "no time is left"
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.backoff_s * 2 ** (attempt - 1))
+            left = self.until - time.monotonic()
+            if left <= 0:
+                break
+            request = urllib.request.Request(self.url + path, data, headers)
+            try:
+                with self._opener.open(request, timeout=min(left, 3600)) as reply:
+                    return json.loads(reply.read(_MOST_BYTES))
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code}"
+                if error.code not in _AGAIN:
+                    break
+            except (OSError, ValueError) as error:
+                reason = type(error).__name__
+        raise JudgeError(f"the judge's server does not answer {path}: {reason}")
+
+
 class RemoteJudge:
     """See the module. NaN: a trace without text."""
 
@@ -80,13 +123,9 @@ class RemoteJudge:
         circuit: Circuit | None = None,
     ):  # fmt: skip
         url, _, self._tokenizer = target.partition(",")
-        self.url = url.rstrip("/")
+        self._http = Http(url, retries, backoff_s)
         self.budget_s = budget_s
-        self._until = math.inf  # when the call that runs must have ended
-        self.retries = retries
-        self.backoff_s = backoff_s
         self.circuit = circuit or Circuit()
-        self._opener = urllib.request.build_opener(_NoRedirect)
         self._prompts: PromptWriter | None = None
         self._pool = ThreadPoolExecutor(_AT_ONCE)
 
@@ -95,8 +134,8 @@ class RemoteJudge:
         """Made when the server is first asked: it may start later than we do. Raises
         `JudgeError`."""
         if self._prompts is None:
-            info = self._send("/get_model_info")
-            limit = self._send("/get_server_info").get("context_length") or 1 << 30
+            info = self._http.send("/get_model_info")
+            limit = self._http.send("/get_server_info").get("context_length") or 1 << 30
             source = self._tokenizer or str(info.get("tokenizer_path", ""))
             self._prompts = _writer(source, int(limit))
         return self._prompts
@@ -109,7 +148,7 @@ class RemoteJudge:
     def _score(self, pairs: Sequence[Pair]) -> np.ndarray:
         if self.circuit.is_open:
             raise JudgeError("the judge's server has failed several times; it has a pause")
-        self._until = time.monotonic() + self.budget_s
+        self._http.until = time.monotonic() + self.budget_s
         try:
             scores = self._score_prompts(self.prompts.write(pairs))
         except JudgeError:
@@ -134,7 +173,7 @@ class RemoteJudge:
 
     def _ask(self, prefix: Sequence[int], rests: Sequence[Sequence[int]]) -> list[float]:
         """P(same) of each rest after the prefix. `OpenAIServingScore.handle` answers."""
-        reply = self._send("/v1/score", {
+        reply = self._http.send("/v1/score", {
             "query": list(prefix), "items": [list(rest) for rest in rests],
             "label_token_ids": list(self.prompts.label_ids), "apply_softmax": True,
             "model": "default",
@@ -146,32 +185,6 @@ class RemoteJudge:
         if len(found) != len(rests) or not all(0 <= one <= 1 for one in found):
             raise JudgeError("the judge's server replied with something that is no probability")
         return found
-
-    def _send(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """A JSON reply. Raises `JudgeError`; its text holds no part of a request."""
-        headers = {"Content-Type": "application/json"}
-        key = os.environ.get(KEY_VARIABLE)
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        reason = "no time is left"
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.backoff_s * 2 ** (attempt - 1))
-            left = self._until - time.monotonic()
-            if left <= 0:
-                break
-            request = urllib.request.Request(self.url + path, data, headers)
-            try:
-                with self._opener.open(request, timeout=min(left, 3600)) as reply:
-                    return json.loads(reply.read(_MOST_BYTES))
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}"
-                if error.code not in _AGAIN:
-                    break
-            except (OSError, ValueError) as error:
-                reason = type(error).__name__
-        raise JudgeError(f"the judge's server does not answer {path}: {reason}")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -78,6 +78,7 @@ def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
         return None
     tree, coordinator = scheduler.tree_cache, ours.coordinator
     judge, fence = coordinator.judge, coordinator.fence
+    worker = getattr(judge, "worker", judge)  # a probe's desk stands before it
     tables = {
         **coordinator.sizes, "live": len(ours.live), "rids": len(ours.rids),
         "pending": len(ours.pending), "held": len(ours.room.held), "extras": len(ours.rows.extras),
@@ -92,9 +93,9 @@ def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
         "protected": int(tree.protected_size()),
         "rows": int(scheduler.req_to_token_pool.available_size()),
         "slots": int(scheduler.max_total_num_tokens),
-        "judge_pid": judge._child.pid if judge is not None else None,
+        "judge_pid": worker._child.pid if worker is not None else None,
         "judge_tasks": judge.num_pending if judge is not None else 0,
-        "is_judge_ready": judge is not None and judge.is_ready,
+        "is_judge_ready": worker is not None and worker.is_ready,
         "fence_open": fence.num_open if fence is not None else 0,
         "retired": dict(_retired),
         "missed": _num_missed,

@@ -134,10 +134,10 @@ def test_after_failures_in_a_row_the_circuit_opens_and_closes_again(fake: Fake):
 
 
 def test_a_server_that_hangs_ends_the_call_within_its_budget_and_opens_the_circuit(fake: Fake):
-    judge = RemoteJudge(fake.url, budget_s=0.3)
+    judge = RemoteJudge(fake.url)
     asked = pair()
     judge.score([asked])
-    fake.delay_s = 1.0
+    judge.budget_s, fake.delay_s = 0.3, 1.0
     for _ in range(judge.circuit.limit):
         start = time.monotonic()
         with pytest.raises(JudgeError, match="does not answer"):
