@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 from array import array
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
 from sglang_deepprune import probing
 from sglang_deepprune.coordinator import Fork
@@ -55,9 +57,9 @@ _MARKS = {
 
 def refusal(server_args: Any) -> str:
     """Why the judge `probe` cannot work on this server; "" where it can."""
-    known = seams.sglang_version()
-    if Version(known.base_version) < Version(SINCE):
-        return f"it needs SGLang {SINCE}, this is {known}"
+    sglang = seams.sglang_version()
+    if Version(sglang.base_version) < Version(SINCE):
+        return f"it needs SGLang {SINCE}, this is {sglang}"
     for name, what in (
         ("speculative_algorithm", "speculative decoding"),
         ("enable_hierarchical_cache", "the hierarchical cache"),
@@ -67,6 +69,16 @@ def refusal(server_args: Any) -> str:
     ):
         if getattr(server_args, name, None):
             return f"{what} keeps KV where a fork does not find it"
+    for owner, name, needs in (
+        (Req, "init_next_round_input", ("self", "tree_cache")),
+        (ReqToTokenPool, "alloc_rows", ("self", "need_size")),
+        (ReqToTokenPool, "write", ("self", "indices", "values")),
+        (ReqToTokenPool, "free", ("self", "req")),
+    ):
+        known = getattr(owner, name, None)
+        names = tuple(inspect.signature(known).parameters) if known else ()
+        if tuple(one for one in names if one in needs) != needs:
+            return f"{owner.__name__}.{name} is not as in SGLang {SINCE}"
     return ""
 
 
