@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 from array import array
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
 from sglang_deepprune import probing
 from sglang_deepprune.coordinator import Fork
@@ -45,6 +47,7 @@ SINCE = "0.5.23"  # rows without a Req (`ReqToTokenPool.alloc_rows`), `Req.kv`, 
 _PREFIX = "__deepprune_probe_"
 _PATIENCE = 64  # scheduler passes that a wish waits for room
 _SHARE = 8  # probes start an eighth of the rows at a time
+_NEEDED = "its row or its KV was needed"
 _SLACK = 16  # tokens that a thinking mark may add to a closing text
 _HEAD = 16  # tokens of an output or of a prompt's end that may hold a thinking mark
 _MARKS = {
@@ -55,9 +58,9 @@ _MARKS = {
 
 def refusal(server_args: Any) -> str:
     """Why the judge `probe` cannot work on this server; "" where it can."""
-    known = seams.sglang_version()
-    if Version(known.base_version) < Version(SINCE):
-        return f"it needs SGLang {SINCE}, this is {known}"
+    sglang = seams.sglang_version()
+    if Version(sglang.base_version) < Version(SINCE):
+        return f"it needs SGLang {SINCE}, this is {sglang}"
     for name, what in (
         ("speculative_algorithm", "speculative decoding"),
         ("enable_hierarchical_cache", "the hierarchical cache"),
@@ -67,6 +70,16 @@ def refusal(server_args: Any) -> str:
     ):
         if getattr(server_args, name, None):
             return f"{what} keeps KV where a fork does not find it"
+    for owner, name, needs in (
+        (Req, "init_next_round_input", ("self", "tree_cache")),
+        (ReqToTokenPool, "alloc_rows", ("self", "need_size")),
+        (ReqToTokenPool, "write", ("self", "indices", "values")),
+        (ReqToTokenPool, "free", ("self", "req")),
+    ):
+        known = getattr(owner, name, None)
+        names = tuple(inspect.signature(known).parameters) if known else ()
+        if tuple(one for one in names if one in needs) != needs:
+            return f"{owner.__name__}.{name} is not as in SGLang {SINCE}"
     return ""
 
 
@@ -153,9 +166,13 @@ class _Running:
     """A probe inside the engine."""
 
     req: ProbeReq
-    fork: Fork
+    wish: _Wish
     failure: str | None = None  # set once its outcome is of no use; "" = not worth a log line
     values: list[torch.Tensor] = field(default_factory=list)  # [] float32 on the device, a token
+
+    @property
+    def fork(self) -> Fork:
+        return self.wish.fork
 
 
 class Probes:
@@ -216,11 +233,11 @@ class Probes:
                     self.engine.log_tables()
                 continue
             wish.patience -= 1
-            if room > 0 and not self._off and not _is_fresh(self.engine.req_of(*key)):
+            if wish.patience < 0 or self._off:
+                self._drop_wish(key, self._off or "no row was free for long enough")
+            elif room > 0 and not _is_fresh(self.engine.req_of(*key)):
                 room -= 1
                 self._inject(key, wish)
-            elif wish.patience <= 0 or self._off:
-                self._drop_wish(key, self._off or "no row was free for long enough")
 
     def after_prefill(self, batch: Any) -> None:
         """What SGLang did not admit is wished for again."""
@@ -235,9 +252,7 @@ class Probes:
         for one in refused:
             one.req.give_row_back()
             self._forget(one)
-            key = (one.fork.group_id, one.fork.index)
-            if key not in self.wishes:
-                self.wishes[key] = _Wish(one.fork, _PATIENCE // 2)
+            self.wishes.setdefault((one.fork.group_id, one.fork.index), one.wish)
         if refused and not self.scheduler.waiting_queue:
             # SGLang's note that the batch is full would keep out requests that ask for less.
             batch.batch_is_full = self._was_full
@@ -280,7 +295,7 @@ class Probes:
         self._count += 1
         rid = f"{_PREFIX}{key[0]}_{key[1]}_{self._count}"
         req = ProbeReq(sibling, ids, rid, self.scheduler.req_to_token_pool, num_shared)
-        one = self.running[rid] = _Running(req, wish.fork)
+        one = self.running[rid] = _Running(req, wish)
         sampling.PROBES[rid] = one.values
         req.time_stats.set_wait_queue_entry_time()
         self.scheduler.waiting_queue.append(req)
@@ -396,10 +411,11 @@ class Probes:
 
     def lost(self, req: ProbeReq) -> None:
         """SGLang took it off its row: retracted, preempted, paused or aborted."""
-        self._taken(req, "its row or its KV was needed")
+        self._taken(req, _NEEDED)
 
     def give_way(self, batch: Any, count: int) -> int:
-        """Take up to `count` rows from running probes; how many there were."""
+        """Take up to `count` rows from running probes; how many there were. Those without a token
+        so far cannot be taken off: they end with it."""
         if not self.running:
             return 0
         places = [
@@ -407,7 +423,11 @@ class Probes:
             if isinstance(req, ProbeReq) and can_be_released(req)
         ][:count]  # fmt: skip
         for req in self.engine.rows.take_off(batch, places):
-            self._taken(req, "its row or its KV was needed")
+            self._taken(req, _NEEDED)
+        fresh = [one for one in self.running.values()
+                 if one.failure is None and not one.req.output_ids]  # fmt: skip
+        for one in fresh[: count - len(places)]:
+            self._end(one, _NEEDED)
         return len(places)
 
     def _taken(self, req: ProbeReq, failure: str) -> None:

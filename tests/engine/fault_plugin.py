@@ -78,7 +78,7 @@ def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
         return None
     tree, coordinator = scheduler.tree_cache, ours.coordinator
     judge, fence = coordinator.judge, coordinator.fence
-    worker = getattr(judge, "worker", judge)  # a probe's desk stands before it
+    worker: Any = getattr(judge, "worker", judge)  # a probe's desk stands before it
     tables = {
         **coordinator.sizes, "live": len(ours.live), "rids": len(ours.rids),
         "pending": len(ours.pending), "held": len(ours.room.held), "extras": len(ours.rows.extras),

@@ -275,6 +275,6 @@ def test_the_box_may_be_opened_by_a_text_of_your_own():
     assert load_judge("probe: so \\boxed{").name == "probe"
     with pytest.raises(ConfigError, match="must end in an open box"):
         check_judge("probe:answer")
-    with pytest.raises(ConfigError, match="recorded traces have none"):
+    with pytest.raises(ConfigError, match="use probe-server:URL"):
         check_offline("probe")
     assert card_path("probe: so \\boxed{") is None
