@@ -224,7 +224,7 @@ def serve(cell: Cell, is_deepprune_on: bool, flat_step_ms: float) -> Iterator[tu
         if not has_gpu():
             flags += _CPU_FLAGS
         if is_deepprune_on:
-            flags += ["--enable-deepprune", "--deepprune-judge", "none"]
+            flags += ["--enable-deepprune"]  # with the default judge, whom `paper` alone asks
         env = plugin_env(
             Path(folder) / "plugin", log=log, is_deepprune_on=is_deepprune_on,
             flat_ms=flat_step_ms if cell.is_flat else 0.0,
