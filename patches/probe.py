@@ -18,6 +18,7 @@ rests on what all ranks share; probabilities are read on the leader alone.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -86,6 +87,8 @@ def refusal(server_args: Any) -> str:
 class ProbeReq(Req):
     """A request whose prefix lies in another request's row; never in the radix tree."""
 
+    prefix_len: int  # Req's
+
     def __init__(self, sibling: Any, ids: array[int], rid: str, pool: Any, num_shared: int):
         super().__init__(
             rid, "", ids, _params(sibling.sampling_params), eos_token_ids=sibling.eos_token_ids,
@@ -109,14 +112,19 @@ class ProbeReq(Req):
         The prompt's node is locked once more by `PrefillAdder.add_one_req`, which is what keeps the
         tree's part of them; the rest lives as long as the sibling does.
         """
-        self.refresh_fill_ids()
         kv, shared = self.kv, self.num_shared
         if not kv.holds_kv:
-            [row] = self.pool.alloc_rows(1)
+            rows = self.pool.alloc_rows(1) if self.sibling.kv.holds_kv else None
+            if rows is None:
+                # Its sibling was taken off its row within this pass. Dear, but not wrong.
+                super().init_next_round_input(tree_cache, cow_mamba)
+                self.num_shared, self.is_attached = self.prefix_len, False
+                return
             theirs = self.pool.req_to_token[self.sibling.kv.req_pool_idx, :shared]
-            self.pool.write((row, slice(0, shared)), theirs)
-            kv.req_pool_idx = row
+            self.pool.write((rows[0], slice(0, shared)), theirs)
+            kv.req_pool_idx = rows[0]
             kv.cache_protected_len = kv.kv_committed_len = kv.kv_allocated_len = shared
+        self.refresh_fill_ids()
         self.prefix_len = self.num_matched_prefix_tokens = shared
         self.last_node = self.last_host_node = self.best_match_node = self.sibling.last_node
         self.host_hit_length = self.swa_host_hit_length = self.mamba_host_hit_length = 0
@@ -205,13 +213,15 @@ class Probes:
         try:
             return step(*args)
         except Exception as error:
-            self._off = f"{step.__name__} raised {type(error).__name__}"
-            logger.exception("deepprune: probe: %s; no more probes", self._off)
-            for key in list(self.wishes):
-                self._drop_wish(key, self._off)
-            for one in self.running.values():
-                one.req.detach()
-                self._end(one, self._off)
+            if not self._off:
+                self._off = f"{step.__name__} raised {type(error).__name__}"
+                logger.exception("deepprune: probe: %s; no more probes", self._off)
+            with contextlib.suppress(Exception):
+                for key in list(self.wishes):
+                    self._drop_wish(key, self._off)
+                for one in self.running.values():
+                    one.req.detach()
+                    self._end(one, self._off)
             return None
 
     # -- wishes ------------------------------------------------------------------------------
