@@ -297,7 +297,7 @@ class Probes:
         if num_shared <= 0:
             self._tell(wish.fork, failure="")
             return
-        closing = self._closing_ids(key[0], sibling)
+        closing = self._closing_ids(sibling)
         ids = sibling.origin_input_ids + sibling.output_ids + array("q", closing)
         if len(ids) + probing.MAX_TOKENS >= self.scheduler.max_req_len:
             self._tell(wish.fork, failure="the trace fills the context")
@@ -328,15 +328,15 @@ class Probes:
         known = len(sibling.origin_input_ids) + len(sibling.output_ids)
         return int(min(sibling.kv.kv_committed_len, known)) // page * page
 
-    def _closing_ids(self, group_id: str, sibling: Any) -> list[int]:
-        mark = self._open_mark(group_id, sibling)
+    def _closing_ids(self, sibling: Any) -> list[int]:
+        mark = self._open_mark(sibling)
         text = mark + self._closing
         if text not in self._ids:
             tokenizer = self.scheduler.tokenizer
             self._ids[text] = list(tokenizer.encode(text, add_special_tokens=False))
         return self._ids[text]
 
-    def _open_mark(self, group_id: str, sibling: Any) -> str:
+    def _open_mark(self, sibling: Any) -> str:
         """What closes the sibling's thinking, by the reasoning parser's own marks; "": nothing."""
         decode = self.engine.coordinator.decode
         head = decode(sibling.output_ids[:_HEAD])

@@ -70,3 +70,41 @@ def test_modes_in_which_a_fork_would_not_find_the_kv_are_refused(
     assert named in why and bool(why) is bool(named)
     monkeypatch.setattr(seams, "sglang_version", lambda: Version("0.5.21"))
     assert "needs SGLang 0.5.23" in probe.refusal(SimpleNamespace())
+
+
+def ids_of(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+@pytest.mark.parametrize(
+    ("parser", "prompt", "output", "mark"),
+    [
+        (None, "Q", "<think>so", "</think>"),
+        (None, "Q<think>\n", "so", "</think>"),
+        (None, "Q", "[THINK]so", "[/THINK]"),
+        (None, "Q", "<think>so</think> thus", ""),
+        (None, "Q", "so", ""),
+        (("<a>", "</a>", False), "Q", "<a>so", "</a>"),
+        (("<a>", "</a>", False), "Q", "<think>so", ""),
+        (("<a>", "</a>", True), "Q", "so", "</a>"),
+        (("<a>", "</a>", True), "Q", "so</a> thus", ""),
+        (("<a>", "</a>", True), "Q<a></a>", "so", ""),  # the template has switched thinking off
+    ],
+)
+def test_an_open_thinking_block_is_closed_by_the_parsers_own_mark(
+    parser: Any, prompt: str, output: str, mark: str
+):
+    probes = make()
+    probes.engine.coordinator.decode = lambda ids: "".join(map(chr, ids))
+    probes.scheduler.tokenizer = SimpleNamespace(encode=lambda text, **_: ids_of(text))
+    probes._parser = parser
+    sibling = SimpleNamespace(origin_input_ids=ids_of(prompt), output_ids=ids_of(output))
+    assert probes._open_mark(sibling) == mark
+
+
+def test_the_marks_are_those_of_sglangs_parser():
+    assert probe._parser_marks(SimpleNamespace(reasoning_parser=None)) is None
+    deepseek = probe._parser_marks(SimpleNamespace(reasoning_parser="deepseek-r1"))
+    assert deepseek == ("<think>", "</think>", True)
+    qwen = probe._parser_marks(SimpleNamespace(reasoning_parser="qwen3"))
+    assert qwen is not None and qwen[:2] == ("<think>", "</think>")
