@@ -18,6 +18,7 @@ rests on what all ranks share; probabilities are read on the leader alone.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -86,6 +87,8 @@ def refusal(server_args: Any) -> str:
 class ProbeReq(Req):
     """A request whose prefix lies in another request's row; never in the radix tree."""
 
+    prefix_len: int  # Req's
+
     def __init__(self, sibling: Any, ids: array[int], rid: str, pool: Any, num_shared: int):
         super().__init__(
             rid, "", ids, _params(sibling.sampling_params), eos_token_ids=sibling.eos_token_ids,
@@ -109,14 +112,19 @@ class ProbeReq(Req):
         The prompt's node is locked once more by `PrefillAdder.add_one_req`, which is what keeps the
         tree's part of them; the rest lives as long as the sibling does.
         """
-        self.refresh_fill_ids()
         kv, shared = self.kv, self.num_shared
         if not kv.holds_kv:
-            [row] = self.pool.alloc_rows(1)
+            rows = self.pool.alloc_rows(1) if self.sibling.kv.holds_kv else None
+            if rows is None:
+                # Its sibling was taken off its row within this pass. Dear, but not wrong.
+                super().init_next_round_input(tree_cache, cow_mamba)
+                self.num_shared, self.is_attached = self.prefix_len, False
+                return
             theirs = self.pool.req_to_token[self.sibling.kv.req_pool_idx, :shared]
-            self.pool.write((row, slice(0, shared)), theirs)
-            kv.req_pool_idx = row
+            self.pool.write((rows[0], slice(0, shared)), theirs)
+            kv.req_pool_idx = rows[0]
             kv.cache_protected_len = kv.kv_committed_len = kv.kv_allocated_len = shared
+        self.refresh_fill_ids()
         self.prefix_len = self.num_matched_prefix_tokens = shared
         self.last_node = self.last_host_node = self.best_match_node = self.sibling.last_node
         self.host_hit_length = self.swa_host_hit_length = self.mamba_host_hit_length = 0
@@ -205,13 +213,15 @@ class Probes:
         try:
             return step(*args)
         except Exception as error:
-            self._off = f"{step.__name__} raised {type(error).__name__}"
-            logger.exception("deepprune: probe: %s; no more probes", self._off)
-            for key in list(self.wishes):
-                self._drop_wish(key, self._off)
-            for one in self.running.values():
-                one.req.detach()
-                self._end(one, self._off)
+            if not self._off:
+                self._off = f"{step.__name__} raised {type(error).__name__}"
+                logger.exception("deepprune: probe: %s; no more probes", self._off)
+            with contextlib.suppress(Exception):
+                for key in list(self.wishes):
+                    self._drop_wish(key, self._off)
+                for one in self.running.values():
+                    one.req.detach()
+                    self._end(one, self._off)
             return None
 
     # -- wishes ------------------------------------------------------------------------------
@@ -287,7 +297,7 @@ class Probes:
         if num_shared <= 0:
             self._tell(wish.fork, failure="")
             return
-        closing = self._closing_ids(key[0], sibling)
+        closing = self._closing_ids(sibling)
         ids = sibling.origin_input_ids + sibling.output_ids + array("q", closing)
         if len(ids) + probing.MAX_TOKENS >= self.scheduler.max_req_len:
             self._tell(wish.fork, failure="the trace fills the context")
@@ -318,15 +328,15 @@ class Probes:
         known = len(sibling.origin_input_ids) + len(sibling.output_ids)
         return int(min(sibling.kv.kv_committed_len, known)) // page * page
 
-    def _closing_ids(self, group_id: str, sibling: Any) -> list[int]:
-        mark = self._open_mark(group_id, sibling)
+    def _closing_ids(self, sibling: Any) -> list[int]:
+        mark = self._open_mark(sibling)
         text = mark + self._closing
         if text not in self._ids:
             tokenizer = self.scheduler.tokenizer
             self._ids[text] = list(tokenizer.encode(text, add_special_tokens=False))
         return self._ids[text]
 
-    def _open_mark(self, group_id: str, sibling: Any) -> str:
+    def _open_mark(self, sibling: Any) -> str:
         """What closes the sibling's thinking, by the reasoning parser's own marks; "": nothing."""
         decode = self.engine.coordinator.decode
         head = decode(sibling.output_ids[:_HEAD])

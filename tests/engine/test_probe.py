@@ -249,6 +249,30 @@ def test_a_pause_in_the_middle_of_probes_loses_nobody(prober: Server, mode: str)
         settle(prober)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [("--schedule-policy", "lpm"), ("--enable-priority-scheduling",), ("--disable-radix-cache",),
+     ("--enable-mixed-chunk", "--chunked-prefill-size", "128")],
+    ids=lambda more: more[0].strip("-"),
+)  # fmt: skip
+def test_forks_in_other_modes_of_queue_tree_and_prefill(
+    tiny: Path, probe_env: Any, more: tuple[str, ...]
+):
+    flags = (*COMMON, "--deepprune-judge", "probe", "--page-size", "16", *more)
+    with Server(tiny, *flags, env=probe_env) as server:
+        for _ in range(2):
+            outputs = ask(server, SURELY, 8, PAPER)
+            assert sorted(map(sorted, group_of(outputs)["clusters"])) == [
+                [0, 1, 3, 5, 6],
+                [2, 4, 7],
+            ]
+            assert states(outputs).count("finished") == 2
+            for text, output in zip(TEXTS, outputs, strict=True):
+                assert text.startswith(output["text"])
+            settle(server)
+        assert all(one["failure"] is None for one in probes_of(server))
+
+
 @pytest.mark.slow
 def test_two_tensor_parallel_ranks_fork_and_prune_alike(tiny: Path, probe_env: Any):
     flags = (*COMMON, "--deepprune-judge", "probe", "--tp", "2")

@@ -1,0 +1,110 @@
+"""The engine side of probes without a server: refusals, and faults of our own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_deepprune.config import DeepPruneConfig
+from sglang_deepprune.coordinator import Fork
+from sglang_deepprune.patches import probe, seams
+from sglang_deepprune.patches.probe import Probes
+
+
+class FakeCoordinator:
+    def __init__(self) -> None:
+        self.told: list[tuple[int, str]] = []
+        self.runs: dict[str, Any] = {}
+
+    def probed(self, group_id: str, index: int, epoch: int, **more: Any) -> None:
+        self.told.append((index, more["failure"]))
+
+
+def make() -> Probes:
+    engine = SimpleNamespace(
+        scheduler=SimpleNamespace(), config=DeepPruneConfig(judge="none"),
+        coordinator=FakeCoordinator(), is_idle=False,
+    )  # fmt: skip
+    return Probes(engine)  # type: ignore[arg-type]
+
+
+def broken() -> None:
+    raise ZeroDivisionError
+
+
+def test_a_fault_of_ours_ends_all_probes_and_is_logged_once(caplog: pytest.LogCaptureFixture):
+    probes = make()
+    for index in range(2):
+        probes.wish(Fork("g", index, 1))
+    assert probes.is_busy
+    for _ in range(3):
+        assert probes.guard(broken) is None
+    assert not probes.is_busy
+    reason = "broken raised ZeroDivisionError"
+    assert probes.engine.coordinator.told == [(0, reason), (1, reason)]
+    assert len(caplog.records) == 1
+
+
+def test_a_sibling_is_wished_for_once():
+    probes = make()
+    for _ in range(2):
+        probes.wish(Fork("g", 0, 1))
+    assert len(probes.wishes) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "named"),
+    [({"speculative_algorithm": "EAGLE"}, "speculative decoding"),
+     ({"enable_hierarchical_cache": True}, "hierarchical cache"), ({}, "")],
+)  # fmt: skip
+def test_modes_in_which_a_fork_would_not_find_the_kv_are_refused(
+    mode: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+):
+    from packaging.version import Version
+
+    if seams.sglang_version() < Version(probe.SINCE):
+        pytest.skip("refused for its version")
+    why = probe.refusal(SimpleNamespace(**mode))
+    assert named in why and bool(why) is bool(named)
+    monkeypatch.setattr(seams, "sglang_version", lambda: Version("0.5.21"))
+    assert "needs SGLang 0.5.23" in probe.refusal(SimpleNamespace())
+
+
+def ids_of(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+@pytest.mark.parametrize(
+    ("parser", "prompt", "output", "mark"),
+    [
+        (None, "Q", "<think>so", "</think>"),
+        (None, "Q<think>\n", "so", "</think>"),
+        (None, "Q", "[THINK]so", "[/THINK]"),
+        (None, "Q", "<think>so</think> thus", ""),
+        (None, "Q", "so", ""),
+        (("<a>", "</a>", False), "Q", "<a>so", "</a>"),
+        (("<a>", "</a>", False), "Q", "<think>so", ""),
+        (("<a>", "</a>", True), "Q", "so", "</a>"),
+        (("<a>", "</a>", True), "Q", "so</a> thus", ""),
+        (("<a>", "</a>", True), "Q<a></a>", "so", ""),  # the template has switched thinking off
+    ],
+)
+def test_an_open_thinking_block_is_closed_by_the_parsers_own_mark(
+    parser: Any, prompt: str, output: str, mark: str
+):
+    probes = make()
+    probes.engine.coordinator.decode = lambda ids: "".join(map(chr, ids))
+    probes.scheduler.tokenizer = SimpleNamespace(encode=lambda text, **_: ids_of(text))
+    probes._parser = parser
+    sibling = SimpleNamespace(origin_input_ids=ids_of(prompt), output_ids=ids_of(output))
+    assert probes._open_mark(sibling) == mark
+
+
+def test_the_marks_are_those_of_sglangs_parser():
+    assert probe._parser_marks(SimpleNamespace(reasoning_parser=None)) is None
+    deepseek = probe._parser_marks(SimpleNamespace(reasoning_parser="deepseek-r1"))
+    assert deepseek == ("<think>", "</think>", True)
+    qwen = probe._parser_marks(SimpleNamespace(reasoning_parser="qwen3"))
+    assert qwen is not None and qwen[:2] == ("<think>", "</think>")
