@@ -33,6 +33,7 @@ from sglang_deepprune.reasoner import model_path, questions
 CLIENTS = 4
 CORES = sorted(os.sched_getaffinity(0))
 TOKENS = 32
+LOAD_LIMIT_S = 120.0
 MODES = ("none", "busy", "stopped", "none again")
 FLAGS = ("--enable-deepprune", "--deepprune-fill", "0", "--stream-interval", "1",
          "--max-running-requests", "32")  # fmt: skip
@@ -103,6 +104,18 @@ def judge_of(server: LocalServer) -> psutil.Process | None:
     return max(found, key=lambda child: child.memory_info().rss, default=None)
 
 
+def wait_loaded(url: str) -> None:
+    """Until a verdict comes in time: a model may take half a minute to load."""
+    deadline = time.monotonic() + LOAD_LIMIT_S
+    params = {"n": 2, "max_new_tokens": 400, "ignore_eos": True, "temperature": 1.0,
+              "custom_params": {"deepprune": {**GROUP, "cut_tokens": 8, "window": 8}}}  # fmt: skip
+    while time.monotonic() < deadline:
+        outputs = post(url, "/generate", {"text": "What is 3 + 4 ?", "sampling_params": params})
+        if outputs[0]["meta_info"]["deepprune"]["group"]["judge_calls"]:
+            return
+    raise SystemExit("the judge gives no verdict")
+
+
 def pin(judge: psutil.Process) -> None:
     """To the last core. Whatever else runs here has inherited the first one."""
     for thread in judge.threads():
@@ -119,7 +132,8 @@ def play(mode: str, spec: str, requests: int, n: int) -> Row:
             judge = judge_of(server) if name != "none" else None
             if judge is not None:
                 pin(judge)
-                time.sleep(20)  # it loads, and its backlog grows
+                wait_loaded(server.url)
+                time.sleep(5)  # its backlog grows
             used = sum(judge.cpu_times()[:2]) if judge else 0.0
             if mode == "stopped":
                 assert judge is not None
