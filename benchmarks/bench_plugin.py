@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plugin_folder import plugin_path
 from sglang_deepprune.noise import sibling_seed
 from sglang_deepprune.patches import sampling
 
@@ -62,15 +63,8 @@ def plugin_env(
     folder: Path, *, log: Path | None = None, flat_ms: float = 0.0, is_deepprune_on: bool = False
 ) -> dict[str, str]:
     """Environment for a server with this plugin; `folder` receives the plugin's metadata."""
-    info = folder / "deepprune_bench-0.0.1.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: deepprune-bench\nVersion: 0.0.1\n")
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nbench = benchmarks.bench_plugin:register\n"
-    )
-    paths = (str(folder), str(ROOT), os.environ.get("PYTHONPATH", ""))
     return {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        **plugin_path(folder, "bench", "benchmarks.bench_plugin:register", ROOT),
         FLAT_VARIABLE: str(flat_ms),
         LOG_VARIABLE: str(log or ""),
         NOISE_VARIABLE: "0" if is_deepprune_on else "1",

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plugin_folder import plugin_path
+
 FILE_VARIABLE = "DEEPPRUNE_SCRIPTS"
 
 _scripts: dict[tuple[int, ...], list[list[int]]] = {}
@@ -47,18 +49,8 @@ def write_scripts(
 
 def plugin_env(scripts: Path, folder: Path) -> dict[str, str]:
     """Environment for a server that plays `scripts`; `folder` receives the plugin's metadata."""
-    info = folder / "deepprune_scripted-0.0.1.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: deepprune-scripted\nVersion: 0.0.1\n"
-    )
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nscripted = benchmarks.scripted:register\n"
-    )
     return {
-        "PYTHONPATH": os.pathsep.join(
-            p for p in (str(folder), os.environ.get("PYTHONPATH", "")) if p
-        ),
+        **plugin_path(folder, "scripted", "benchmarks.scripted:register"),
         FILE_VARIABLE: str(scripts),
     }
 

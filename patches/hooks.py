@@ -16,7 +16,7 @@ from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
 from sglang_deepprune.patches.build import build_engine, start_judge_early
-from sglang_deepprune.patches.probe import ProbeReq
+from sglang_deepprune.patches.fork import ProbeReq
 from sglang_deepprune.patches.scheduler import _COMMANDS, Arrival, Engine
 
 logger = logging.getLogger(__name__)

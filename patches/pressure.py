@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang_deepprune import policy
-from sglang_deepprune.patches.probe import ProbeReq
+from sglang_deepprune.patches.fork import ProbeReq
 from sglang_deepprune.patches.rows import can_be_released
 
 if TYPE_CHECKING:

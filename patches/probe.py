@@ -1,11 +1,7 @@
 """A probe: a short request that reads a running sibling's KV, answers in a box, and disappears.
 
-It is a Req of our own class that goes through SGLang's prefill and decode as any other. Its row of
-`req_to_token` begins with the sibling's own slots, page-aligned (`ProbeReq.init_next_round_input`),
-as `beam_search/fork.py::alias_members_prompt_kv` does it for beams: nothing is copied, nothing goes
-into the radix tree, and the sibling's own KV is booked as before, so that a pruned sibling frees
-all of it in its step. What the probe owns is the tail: the rest of the page, the closing text, at
-most 16 tokens. SGLang's finish path frees that (`cache_protected_len` ends the aliased part).
+It is a request of our own class (`fork.py`) that goes through SGLang's prefill and decode as any
+other. Here is when one starts, what it is asked, when it ends and who is told.
 
 A sibling may end, be retracted or pruned while its probe runs. From then on the aliased slots are
 somebody else's: the probe's row is pointed at a slot of its own (`detach`) and it ends with the
@@ -19,9 +15,7 @@ rests on what all ranks share; probabilities are read on the leader alone.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
-import inspect
 import json
 import logging
 from array import array
@@ -30,13 +24,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from packaging.version import Version
-from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
-from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
 from sglang_deepprune import probing
 from sglang_deepprune.coordinator import Fork
-from sglang_deepprune.patches import sampling, seams
+from sglang_deepprune.patches import sampling
+from sglang_deepprune.patches.fork import ProbeReq
 from sglang_deepprune.patches.rows import can_be_released
 
 if TYPE_CHECKING:
@@ -44,121 +37,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SINCE = "0.5.23"  # rows without a Req (`ReqToTokenPool.alloc_rows`), `Req.kv`, `tree_cache.lock`
 _PREFIX = "__deepprune_probe_"
 _PATIENCE = 64  # scheduler passes that a wish waits for room
 _SHARE = 8  # probes start an eighth of the rows at a time
 _NEEDED = "its row or its KV was needed"
 _SLACK = 16  # tokens that a thinking mark may add to a closing text
 _HEAD = 16  # tokens of an output or of a prompt's end that may hold a thinking mark
-_MARKS = {
-    "<think>": "</think>", "<thinking>": "</thinking>", "<reasoning>": "</reasoning>",
-    "[THINK]": "[/THINK]", "◁think▷": "◁/think▷",
-}  # fmt: skip
-
-
-def refusal(server_args: Any) -> str:
-    """Why the judge `probe` cannot work on this server; "" where it can."""
-    sglang = seams.sglang_version()
-    if Version(sglang.base_version) < Version(SINCE):
-        return f"it needs SGLang {SINCE}, this is {sglang}"
-    for name, what in (
-        ("speculative_algorithm", "speculative decoding"),
-        ("enable_hierarchical_cache", "the hierarchical cache"),
-        ("enable_lmcache", "LMCache"),
-        ("enable_hisparse", "HiSparse"),
-        ("enable_dp_attention", "DP attention"),
-    ):
-        if getattr(server_args, name, None):
-            return f"{what} keeps KV where a fork does not find it"
-    for owner, name, needs in (
-        (Req, "init_next_round_input", ("self", "tree_cache")),
-        (ReqToTokenPool, "alloc_rows", ("self", "need_size")),
-        (ReqToTokenPool, "write", ("self", "indices", "values")),
-        (ReqToTokenPool, "free", ("self", "req")),
-    ):
-        known = getattr(owner, name, None)
-        names = tuple(inspect.signature(known).parameters) if known else ()
-        if tuple(one for one in names if one in needs) != needs:
-            return f"{owner.__name__}.{name} is not as in SGLang {SINCE}"
-    return ""
-
-
-class ProbeReq(Req):
-    """A request whose prefix lies in another request's row; never in the radix tree."""
-
-    prefix_len: int  # Req's
-
-    def __init__(self, sibling: Any, ids: array[int], rid: str, pool: Any, num_shared: int):
-        super().__init__(
-            rid, "", ids, _params(sibling.sampling_params), eos_token_ids=sibling.eos_token_ids,
-            vocab_size=sibling.vocab_size, priority=sibling.priority,
-        )  # fmt: skip
-        self.sibling = sibling
-        self.pool = pool  # sglang ReqToTokenPool
-        self.num_shared = num_shared  # tokens, a multiple of the page size
-        self.is_attached = True
-        self.tokenizer = sibling.tokenizer
-        self.lora_id, self.extra_key = sibling.lora_id, sibling.extra_key
-        self.cache_salt = sibling.cache_salt
-        self.logprob_start_len = -1
-        self.skip_radix_cache_insert = True
-        # Under overlap a finished row comes by once more: never to be sent.
-        self.finished_output = True
-
-    def init_next_round_input(self, tree_cache: Any = None, cow_mamba: Any = None) -> None:
-        """Instead of a match in the tree: a row that begins with the sibling's slots.
-
-        The prompt's node is locked once more by `PrefillAdder.add_one_req`, which is what keeps the
-        tree's part of them; the rest lives as long as the sibling does.
-        """
-        kv, shared = self.kv, self.num_shared
-        if not kv.holds_kv:
-            rows = self.pool.alloc_rows(1) if self.sibling.kv.holds_kv else None
-            if rows is None:
-                # Its sibling was taken off its row within this pass. Dear, but not wrong.
-                super().init_next_round_input(tree_cache, cow_mamba)
-                self.num_shared, self.is_attached = self.prefix_len, False
-                return
-            theirs = self.pool.req_to_token[self.sibling.kv.req_pool_idx, :shared]
-            self.pool.write((rows[0], slice(0, shared)), theirs)
-            kv.req_pool_idx = rows[0]
-            kv.cache_protected_len = kv.kv_committed_len = kv.kv_allocated_len = shared
-        self.refresh_fill_ids()
-        self.prefix_len = self.num_matched_prefix_tokens = shared
-        self.last_node = self.last_host_node = self.best_match_node = self.sibling.last_node
-        self.host_hit_length = self.swa_host_hit_length = self.mamba_host_hit_length = 0
-
-    def detach(self) -> None:
-        """The sibling's slots are about to be somebody else's: name one of our own instead."""
-        if self.is_attached and self.kv.holds_kv and self.kv.kv_allocated_len > self.num_shared:
-            self.is_attached = False
-            row = self.pool.req_to_token[self.kv.req_pool_idx]
-            row[: self.num_shared] = row[self.num_shared]
-
-    def give_row_back(self) -> None:
-        """It was not admitted: it owns a row and no slot."""
-        if self.kv.holds_kv:
-            self.pool.free(self)
-            self.kv.mark_kv_released()
-            self.kv.cache_protected_len = self.kv.kv_committed_len = 0
-
-
-def _params(theirs: Any) -> Any:
-    """Its sibling's temperature and filters, so that no batch-wide flag of the sampler changes by
-    its presence (`SamplingBatchInfo.from_schedule_batch`): its tokens are greedy all the same
-    (`patches/sampling.py`)."""
-    params = copy.copy(theirs)
-    params.max_new_tokens, params.min_new_tokens, params.n = probing.MAX_TOKENS, 0, 1
-    params.frequency_penalty = params.presence_penalty = 0.0
-    params.repetition_penalty = 1.0
-    params.stop = params.stop_regex = params.stop_token_ids = None
-    params.stop_strs, params.stop_regex_strs = [], []
-    params.stop_str_max_len = params.stop_regex_max_len = 0
-    params.json_schema = params.regex = params.ebnf = params.structural_tag = None
-    params.logit_bias = params.custom_params = params.watermark = None
-    params.ignore_eos = False
-    return params
 
 
 @dataclass(slots=True)
@@ -197,6 +81,7 @@ class Probes:
         self._count = 0
         self._closing = probing.closing_of(engine.config.judge)
         self._ids: dict[str, list[int]] = {}  # closing text -> its tokens
+        self._braces: dict[int, bool] = {}  # token -> whether it holds a closing brace
         self._parser: tuple[str, str, bool] | None = None
         self._off = ""
         if probing.is_probe(engine.config.judge):
@@ -346,8 +231,8 @@ class Probes:
             is_open = is_forced or (bool(start) and (start in head or tail.endswith(start)))
             is_open = is_open and end not in tail
         else:
-            found = [mark for mark in _MARKS if mark in head or tail.endswith(mark)]
-            is_open, end = bool(found), _MARKS[found[0]] if found else ""
+            found = [mark for mark in probing.THINK_MARKS if mark in head or tail.endswith(mark)]
+            is_open, end = bool(found), probing.THINK_MARKS[found[0]] if found else ""
         if not is_open or self._holds(sibling.output_ids, end):
             return ""
         return end
@@ -393,8 +278,17 @@ class Probes:
         for req, token in zip(batch.reqs, tokens, strict=False):
             if not isinstance(req, ProbeReq) or req.finished() or req.to_finish is not None:
                 continue
-            if self.engine.coordinator.is_answered([*req.output_ids, token]):
+            if self._may_close(token) and self.engine.coordinator.is_answered(
+                [*req.output_ids, token]
+            ):
                 req.to_finish = FINISH_LENGTH(len(req.output_ids) + 1)
+
+    def _may_close(self, token: int) -> bool:
+        """Whether it holds a brace: only then is the whole answer decoded."""
+        known = self._braces.get(token)
+        if known is None:
+            known = self._braces[token] = "}" in self.engine.coordinator.decode([token])
+        return known
 
     def after_result(self) -> None:
         """Finished ones have answered; siblings that ended in this step end theirs."""

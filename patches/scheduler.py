@@ -38,13 +38,13 @@ from sglang_deepprune.patches.rows import Rows
 from sglang_deepprune.patches.server_args import token_of
 from sglang_deepprune.patches.steplog import StepLog
 from sglang_deepprune.patches.waiting import WaitingRoom
+from sglang_deepprune.probing import THINK_MARKS
 from sglang_deepprune.types import Close, Expire, FenceResult, Fill, JudgeResult, Probe
 
 logger = logging.getLogger(__name__)
 
 _COMMANDS = (JudgeResult, FenceResult, Close, Expire, Fill, Probe)
 _THINK_TAIL = 8  # tokens of the prompt's end
-_THINK_MARKS = ("<think>", "<thinking>", "<reasoning>", "[THINK]", "◁think▷")
 
 
 class Arrival(Enum):
@@ -147,7 +147,7 @@ class Engine:
     def _opens_thinking(self, prompt_ids: Sequence[int]) -> bool:
         """Some chat templates end the prompt with an open think block (DeepSeek-R1)."""
         tail = self.coordinator.decode(prompt_ids[-_THINK_TAIL:]).rstrip()
-        return tail.endswith(_THINK_MARKS)
+        return tail.endswith(tuple(THINK_MARKS))
 
     # -- the decode step ---------------------------------------------------------------------
 

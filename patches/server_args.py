@@ -146,8 +146,10 @@ def _attach(server_args: Any, values: dict[str, Any]) -> None:
     config = with_card(config)
     config = with_memory(config)
     refuse_unproven_modes(server_args)
+    if config.judge.partition(":")[0] == "probe-server":
+        raise ConfigError("judge", "'probe-server' is for recorded traces; use probe")
     if is_probe(config.judge):
-        from sglang_deepprune.patches.probe import refusal  # imports SGLang's scheduler side
+        from sglang_deepprune.patches.fork import refusal  # imports SGLang's scheduler side
 
         why = refusal(server_args)
         if why:

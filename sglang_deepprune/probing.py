@@ -30,6 +30,10 @@ SURE = 0.99
 MOST_LOOKS = 2  # windows at which one trace is asked
 MAX_TOKENS = 16  # that a probe decodes
 CLOSING = "\n\nFinal answer: \\boxed{"
+THINK_MARKS = {  # what opens a think block, and what closes it
+    "<think>": "</think>", "<thinking>": "</thinking>", "<reasoning>": "</reasoning>",
+    "[THINK]": "[/THINK]", "◁think▷": "◁/think▷",
+}  # fmt: skip
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 

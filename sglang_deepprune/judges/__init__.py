@@ -180,7 +180,8 @@ def _check_path(name: str, source: _Source, path: str) -> None:
         raise ConfigError("judge", f"{name!r} takes no path; use --deepprune-judge {name}")
     if not path:
         if source.is_path_needed:
-            raise ConfigError("judge", f"{name!r} needs a {source.path}; use {name}:PATH")
+            what = "URL" if source.path == "url" else "PATH"
+            raise ConfigError("judge", f"{name!r} needs a {source.path}; use {name}:{what}")
         return
     if source.path == "url":
         _check_url(name, path)

@@ -14,16 +14,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from sglang_deepprune.answers import extract
 from sglang_deepprune.clustering import JudgeError
 from sglang_deepprune.judges.probe import ProbeJudge
 from sglang_deepprune.judges.remote import Http
-from sglang_deepprune.probing import CLOSING, MAX_TOKENS, box_end
+from sglang_deepprune.probing import CLOSING, MAX_TOKENS, THINK_MARKS, read
 from sglang_deepprune.types import Pair, Reading, Trace
 
 _MAX_TEXTS = 4096
 _AT_ONCE = 8
-_THINK = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
 
 
 class ProbeServerJudge:
@@ -61,7 +59,7 @@ class ProbeServerJudge:
     def _question(self, trace: Trace) -> str:
         """An open think block is closed first."""
         text = trace.text
-        for start, end in _THINK:
+        for start, end in THINK_MARKS.items():
             if start in text and end not in text:
                 text = f"{text} {end}"
         joint = "" if not trace.prompt or trace.prompt[-1].isspace() else " "
@@ -86,11 +84,8 @@ class ProbeServerJudge:
             tokens = [(float(p), str(s)) for p, _, s in reply["meta_info"]["output_token_logprobs"]]
         except (KeyError, TypeError, ValueError) as error:
             raise JudgeError("the probed server replied with no tokens") from error
-        said, total = "", 0.0
-        for logprob, piece in tokens:
-            said, total = said + piece, total + logprob
-            end = box_end(said)
-            if end is not None:
-                found = extract(f"\\boxed{{{said[:end]}}}")
-                return None if found is None else Reading(found.answer, min(1.0, math.exp(total)))
-        return None
+        pieces = [piece for _, piece in tokens]
+        return read(
+            range(len(pieces)), [min(1.0, math.exp(logprob)) for logprob, _ in tokens],
+            lambda places: "".join(pieces[place] for place in places),
+        )  # fmt: skip

@@ -6,11 +6,12 @@ changed; each retirement is counted by the state that its client is told.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.plugin_folder import plugin_path
 
 KEY = "deepprune_state"
 _MANAGERS = "sglang.srt.managers"
@@ -20,16 +21,7 @@ _num_missed = 0  # siblings that an abort named and did not reach
 
 def plugin_env(folder: Path) -> dict[str, str]:
     """Environment for a server with this plugin; `folder` receives the plugin's metadata."""
-    info = folder / "deepprune_faults-0.0.1.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: deepprune-faults\nVersion: 0.0.1\n"
-    )
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nfaults = tests.engine.fault_plugin:register\n"
-    )
-    paths = (str(folder), os.environ.get("PYTHONPATH", ""))
-    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return plugin_path(folder, "faults", "tests.engine.fault_plugin:register")
 
 
 def register() -> None:

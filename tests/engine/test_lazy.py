@@ -163,6 +163,16 @@ def test_a_stranger_is_served_while_a_group_holds_its_siblings(scripted: Server)
     scripted.wait_idle()
 
 
+def whole(thread: Any, replies: list[Any]) -> list[dict[str, Any]]:
+    """The outputs of LONG's siblings: each has run to its end."""
+    thread.join(timeout=60)
+    assert not thread.is_alive(), "the client hangs"
+    outputs: list[dict[str, Any]] = replies[0].json()
+    assert states(outputs) == ["finished"] * 12
+    assert [one["text"] for one in outputs] == scenario.PROMPTS[LONG]
+    return outputs
+
+
 def test_a_pause_and_a_flush_leave_held_siblings_to_go_on(scripted: Server):
     """What an RL trainer does between two steps: the tree is flushed under our prompt lock."""
     thread, replies = start_long(scripted, "paused")
@@ -171,10 +181,6 @@ def test_a_pause_and_a_flush_leave_held_siblings_to_go_on(scripted: Server):
     flushed = 200 if seams.sglang_version() >= Version("0.5.21") else 400
     assert requests.post(f"{scripted.url}/flush_cache", timeout=30).status_code == flushed
     assert scripted.post("/continue_generation", {}).status_code == 200
-    thread.join(timeout=60)
-    assert not thread.is_alive(), "the client hangs"
-    outputs = replies[0].json()
-    assert states(outputs) == ["finished"] * 12
-    assert [one["text"] for one in outputs] == scenario.PROMPTS[LONG]
+    whole(thread, replies)
     scripted.wait_idle()
     assert all(count == 0 for count in scripted.log_lines("deepprune-tables")[-1].values())

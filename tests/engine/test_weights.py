@@ -6,10 +6,8 @@ from pathlib import Path
 
 import requests
 
-from tests.engine import scenario
 from tests.engine.server import Server
-from tests.engine.test_groups import states
-from tests.engine.test_lazy import LONG, in_background, server_load
+from tests.engine.test_lazy import LONG, in_background, server_load, whole
 
 
 def update(server: Server, tiny: Path, version: str, flush: bool = True) -> None:
@@ -34,11 +32,7 @@ def test_a_group_that_is_paused_for_new_weights_runs_on_as_plain_sampling(
     assert scripted.post("/pause_generation", {"mode": "retract"}).status_code == 200
     update(scripted, tiny, "paused")
     assert scripted.post("/continue_generation", {}).status_code == 200
-    thread.join(timeout=60)
-    assert not thread.is_alive(), "the client hangs"
-    outputs = replies[0].json()
-    assert states(outputs) == ["finished"] * 12
-    assert [one["text"] for one in outputs] == scenario.PROMPTS[LONG]
+    outputs = whole(thread, replies)
     group = outputs[0]["meta_info"]["deepprune"]["group"]
     assert group["reason"] == "the weights changed: its siblings ran on as plain sampling"
     settled(scripted)

@@ -9,7 +9,7 @@ import pytest
 
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Fork
-from sglang_deepprune.patches import probe, seams
+from sglang_deepprune.patches import fork, probe, seams
 from sglang_deepprune.patches.probe import Probes
 
 
@@ -64,12 +64,12 @@ def test_modes_in_which_a_fork_would_not_find_the_kv_are_refused(
 ):
     from packaging.version import Version
 
-    if seams.sglang_version() < Version(probe.SINCE):
+    if seams.sglang_version() < Version(fork.SINCE):
         pytest.skip("refused for its version")
-    why = probe.refusal(SimpleNamespace(**mode))
+    why = fork.refusal(SimpleNamespace(**mode))
     assert named in why and bool(why) is bool(named)
     monkeypatch.setattr(seams, "sglang_version", lambda: Version("0.5.21"))
-    assert "needs SGLang 0.5.23" in probe.refusal(SimpleNamespace())
+    assert "needs SGLang 0.5.23" in fork.refusal(SimpleNamespace())
 
 
 def ids_of(text: str) -> list[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sglang_deepprune.clustering import JudgeError
+from sglang_deepprune.config import ConfigError
 from sglang_deepprune.judges import load_judge
 from sglang_deepprune.types import Pair, Trace
 from tests.unit.fake_http import FakeHandler, FakeServer, running
@@ -63,3 +65,11 @@ def test_a_reply_without_tokens_is_an_error(url: str, reply: Any):
     Says.reply = reply
     with pytest.raises(JudgeError):
         load_judge(f"probe-server:{url}").score([Pair(trace(0, "a"), trace(1, "b"))])
+
+
+def test_a_live_server_refuses_it_at_start():
+    from sglang_deepprune.patches import server_args
+
+    values = {"enable": True, "judge": "probe-server:http://127.0.0.1:1"}
+    with pytest.raises(ConfigError, match="is for recorded traces; use probe"):
+        server_args._attach(SimpleNamespace(), values)
