@@ -27,10 +27,10 @@ demo: venv
 	$(BIN)/sglang-deepprune demo
 
 test: venv
-	$(CPU_ENV) $(BIN)/pytest -m "not slow and not gpu and not stacks"
+	$(CPU_ENV) $(BIN)/pytest -m "not slow and not gpu and not modes and not stacks"
 
 test-full: venv
-	$(CPU_ENV) $(BIN)/pytest
+	$(CPU_ENV) $(BIN)/pytest -m "not stacks"
 
 lint: venv
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from tests.engine.server import Server
 from tests.engine.test_groups import group_of, states
 from tests.engine.test_reasoner_server import CUT, N, sample
 
-pytestmark = pytest.mark.stacks
+pytestmark = pytest.mark.modes
 CARD_TOKENS = 40
 
 

@@ -21,7 +21,7 @@ def test_faults_at_random_leave_nothing_behind():
     run(180, seed=1)
 
 
-@pytest.mark.stacks
+@pytest.mark.modes
 @pytest.mark.timeout(3600)
 def test_two_thousand_requests_among_faults_leave_nothing_behind():
     run(2000, seed=2)

@@ -23,7 +23,7 @@ from tests.engine.server import Server
 from tests.engine.test_groups import group_of, states
 from tests.engine.test_reasoner_server import CUT, sample
 
-pytestmark = pytest.mark.stacks  # servers of their own; unit/ has the scores themselves
+pytestmark = pytest.mark.modes  # servers of their own; unit/ has the scores themselves
 FP32 = ("--dtype", "float32", "--sleep-on-idle")
 
 

@@ -22,7 +22,7 @@ from tests.engine.test_fill import joined
 from tests.engine.test_groups import ask, group_of, states
 from tests.engine.test_lazy import DISAGREE, LONG, server_load
 
-pytestmark = pytest.mark.stacks
+pytestmark = pytest.mark.modes
 
 ROWS, FLAT_ROWS = 2, 8
 TWO_AT_A_TIME = {"preset": "balanced", "base": 2, "widen": 0.0, "eps": 0.0}

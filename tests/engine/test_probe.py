@@ -32,7 +32,7 @@ from tests.engine.test_lazy import in_background, server_load
 from tests.engine.test_parallel import CORES
 from tests.engine.test_reasoner_server import sample
 
-pytestmark = pytest.mark.stacks
+pytestmark = pytest.mark.modes
 
 CONFIGS = {
     "page1-overlap": (),
