@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from benchmarks.frontier_data import Branch, Draw
-from sglang_deepprune import policy
+from sglang_deepprune import policy, tau
 from sglang_deepprune.clustering import Score, place
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.group import Group, State
+from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.types import ABSENT, JudgeTask, Trace
 from sglang_deepprune.voting import Ballot, Tally
 
@@ -83,10 +83,8 @@ class Server:
         self.extras: dict[tuple[int, int], None] = {}  # (run, sibling), the oldest first
 
     def play(self) -> list[Outcome]:
-        for number, run in enumerate(self.runs):
+        for number in range(len(self.runs)):
             self._replan(number)
-            if run.score is not None:
-                heappush(self.events, (run.group.config.cut_tokens, number, _JUDGE, 0))
         self._seat()
         while self.events:
             self.now = self.events[0][0]
@@ -108,28 +106,36 @@ class Server:
         self._replan(number)
 
     def _judge(self, number: int) -> None:
-        """All siblings have reached the cut, or their end: the judge places them."""
+        """Some siblings have reached the cut now, or ended before it: the judge places them."""
         run, group = self.runs[number], self.runs[number].group
-        if run.answered_at is not None or run.score is None:
+        fresh = [one for one in group.siblings.values() if self._is_ripe(run, one)]
+        if run.answered_at is not None or run.score is None or not fresh:
             return
+        for sibling in fresh:
+            sibling.is_submitted = True
         config = group.config
-        traces = [
-            Trace(s.index, "", config.cut_tokens, "end" if s.has_voted else "tokens", s.answer)
-            for s in group.siblings.values()
-        ]
         task = JudgeTask(
-            f"{run.draw.question.number}", 0, tuple(traces), (), (),
-            config.merge_tau, config.k, config.k1, config.seed,
+            f"{run.draw.question.number}", 0, tuple(_trace(one, config) for one in fresh),
+            tuple(_trace(group.siblings[i], config) for own in group.clusters for i in own),
+            tuple(tuple(own) for own in group.clusters),
+            tau.merge_tau(group), config.k, config.k1, config.seed,
         )  # fmt: skip
         for one in place(task, run.score)[0]:
             sibling = group.siblings[one.sibling]
-            sibling.is_submitted, sibling.cluster = True, one.cluster
+            sibling.cluster = one.cluster
             sibling.has_verdict = one.cluster != ABSENT or not math.isnan(one.similarity)
             if one.cluster == len(group.clusters):
                 group.clusters.append([])
             if one.cluster != ABSENT:
                 group.clusters[one.cluster].append(one.sibling)
         self._replan(number)
+
+    def _is_ripe(self, run: Run, sibling: Sibling) -> bool:
+        if sibling.is_submitted:
+            return False
+        since = run.since.get(sibling.index)
+        done = sibling.num_tokens + (self.now - since if since is not None else 0)
+        return sibling.has_voted or (since is not None and done >= run.group.config.cut_tokens)
 
     def _replan(self, number: int) -> None:
         """Ask the policy; stop whom it stops, queue whom it starts: as the coordinator does."""
@@ -176,6 +182,9 @@ class Server:
         self.num_running += 1
         left = run.draw.question.branches[run.draw.picked[index]].length - sibling.num_tokens
         heappush(self.events, (self.now + max(1, left), number, index, self.now))
+        if run.score is not None and not sibling.is_submitted:
+            ripe = self.now + max(0, run.group.config.cut_tokens - sibling.num_tokens)
+            heappush(self.events, (ripe, number, _JUDGE, 0))
 
     def _leave(self, number: int, index: int, state: State) -> None:
         """A sibling's slot, where it has one, is free again."""
@@ -206,6 +215,12 @@ class Server:
         if run.since:
             run.group.steps += self.now - run.counted_to
         run.counted_to = self.now
+
+
+def _trace(sibling: Sibling, config: DeepPruneConfig) -> Trace:
+    """No text: a judge of recordings knows its scores by sibling."""
+    cut = "end" if sibling.has_voted else "tokens"
+    return Trace(sibling.index, "", config.cut_tokens, cut, sibling.answer)
 
 
 def _group(number: int, draw: Draw, config: DeepPruneConfig) -> Group:

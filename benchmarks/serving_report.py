@@ -96,8 +96,17 @@ def mean_of(rows: Sequence[Row]) -> Row:
     }
 
 
-def same_winner(answers: Sequence[str | None], plain: Sequence[str | None]) -> float:
-    return fmean(a == b or is_same(a, b) for a, b in zip(answers, plain, strict=True))
+def same_winners(answers: Sequence[str | None], plain: Sequence[str | None]) -> list[bool]:
+    """[questions]"""
+    return [a == b or is_same(a, b) for a, b in zip(answers, plain, strict=True)]
+
+
+def _share(name: str, held: Sequence[bool]) -> Row:
+    """A share of questions and its 95 % Wilson interval, which has a width at 0 and 1 too."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(sum(held), len(held)).proportion_ci(method="wilson")
+    return {name: fmean(held), f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def accuracy(answers: Sequence[str | None], asked: Sequence[Question]) -> float:
@@ -122,7 +131,7 @@ def cell_rows(cell: Cell, passes: Sequence[Pass], asked: Sequence[Question]) -> 
         row |= {ratio: None for ratio in RATIOS.values() if ratio not in row}
         factors = [row["questions_per_s_ratio"], row["tokens_ratio"], row["step_ratio"]]
         row["product"] = None if None in factors else math.prod(factors)
-        row["same_winner"] = same_winner(one.answers, plain.answers)
+        row |= _share("same_winner", same_winners(one.answers, plain.answers))
         row["accuracy"] = accuracy(one.answers, asked)
         row["plain_accuracy"] = accuracy(plain.answers, asked)
         row["plain_spread"] = (max(speeds) - min(speeds)) / fmean(speeds)

@@ -137,6 +137,10 @@ class DeepPruneConfig:
         None, "Similarity above which a trace joins a cluster; unset: what the judge's card says "
         "at this cut, 0.5 without a card and under `paper`.", low=0.0, high=1.0, kind=float,
     )  # fmt: skip
+    tau_step: float = _setting(
+        0.0, "How far one merge that turned out right or wrong moves a group's tau, within 0.2 of "
+        "where it began; 0: not at all.", low=0.0, high=1.0, kind=float,
+    )  # fmt: skip
     k: int = _setting(32, "K: most clusters of a group.", low=1, high=4096, kind=int)
     k1: int = _setting(10, "K1: members drawn for sim(t_i, c_j).", low=1, high=4096, kind=int)
     compare: str = _setting(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_deepprune import policy
+from sglang_deepprune import policy, tau
 from sglang_deepprune.answers import Fence, extract
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.group import Group, Sibling, State
@@ -496,7 +496,7 @@ class Coordinator:
             traces=tuple(run.traces[index] for index in fresh),
             members=tuple(placed),
             clusters=tuple(tuple(cluster) for cluster in group.clusters),
-            tau=group.config.merge_tau,
+            tau=tau.merge_tau(group),
             max_clusters=group.config.k,
             num_compared=group.config.k1,
             seed=group.config.seed,

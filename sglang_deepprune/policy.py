@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from sglang_deepprune import tau
 from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.types import ABSENT, Plan
 
@@ -46,7 +47,8 @@ def plan(group: Group, in_flight: frozenset[int] = frozenset()) -> Plan:
     settled = plan_decided(group)
     if settled.decided:
         return settled
-    pruned = plan_deepprune(group, in_flight) if config.prunes_by_judge else Plan()
+    may_prune = config.prunes_by_judge and not tau.is_distrusted(group)
+    pruned = plan_deepprune(group, in_flight) if may_prune else Plan()
     return replace(pruned, admit=plan_claims(group, pruned.stop))
 
 
@@ -201,7 +203,7 @@ def most_redundant(group: Group, lengths: Mapping[int, int]) -> int | None:
     """Whom the group misses least when KV is short: of its largest cluster among these running
     siblings (index -> tokens), the one that is furthest from its end. None without a judge that
     may prune, where no two of them agree, or where the group runs on untouched."""
-    if not group.config.prunes_by_judge or group.is_released:
+    if not group.config.prunes_by_judge or group.is_released or tau.is_distrusted(group):
         return None
     clusters = [[i for i in cluster if i in lengths] for cluster in group.clusters]
     largest = max(clusters, key=len, default=[])
