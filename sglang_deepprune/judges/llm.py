@@ -22,9 +22,11 @@ from transformers.utils import logging
 from sglang_deepprune.judges import memory
 from sglang_deepprune.judges.lm_prompt import Prompt, PromptWriter, load_settings, score_readable
 from sglang_deepprune.judges.packed import Packed
+from sglang_deepprune.judges.residual import widen_residual
 from sglang_deepprune.types import Pair
 
-_CHECK_TOLERANCE = 1e-3
+_CHECK_TOLERANCE = {torch.float32: {"atol": 1e-3, "rtol": 1e-3}}
+_OTHER_CHECK_TOLERANCE = {"atol": 5e-2, "rtol": 1e-2}  # half precision rounds the model's own
 
 
 class LLMJudge:
@@ -33,10 +35,13 @@ class LLMJudge:
     name = "llm"
     mixes_groups = True
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: None for what suits the device."""
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         memory.take()
-        self.model, tokenizer = load_model(path)
+        self.model, tokenizer = load_model(path, dtype)
+        if self.model.dtype != torch.float32:
+            widen_residual(self.model)
         room = memory.take(self.model)
         self.pass_tokens = room.pass_tokens if room else memory.PASS_TOKENS  # bounds its memory
         limit = int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
@@ -112,11 +117,13 @@ class LabelHead:
 
     def probability(self, last: torch.Tensor) -> torch.Tensor:
         """[batch] float32 P(same) from the last tokens' [batch, hidden]."""
-        if not self._is_plain:
-            logits = self._whole(last)
-        else:
-            logits = torch.nn.functional.linear(last, self.weight, self.bias)
+        logits = self._own_rows(last) if self._is_plain else self._whole(last)
         return torch.softmax(logits.float(), dim=-1)[:, 0]
+
+    def _own_rows(self, last: torch.Tensor) -> torch.Tensor:
+        """[batch, 2] float32: in half precision a logit near 20 would be rounded by a tenth."""
+        bias = None if self.bias is None else self.bias.float()
+        return torch.nn.functional.linear(last.float(), self.weight.float(), bias)
 
     def _whole(self, last: torch.Tensor) -> torch.Tensor:
         """The labels' logits by way of all of them, with the cap that Gemma-like models have."""
@@ -132,24 +139,23 @@ class LabelHead:
         ids = torch.tensor([[*self.label_ids, self.label_ids[0]]], device=self.model.device)
         own = self.model(input_ids=ids).logits[0, -1, self.label_ids].float()
         last = self.hidden(ids, torch.ones_like(ids))[:, -1]
-        plain = torch.nn.functional.linear(last, self.weight, self.bias)[0].float()
-        if torch.allclose(own, plain, atol=_CHECK_TOLERANCE, rtol=_CHECK_TOLERANCE):
+        tolerance = _CHECK_TOLERANCE.get(self.model.dtype, _OTHER_CHECK_TOLERANCE)
+        if torch.allclose(own, self._own_rows(last)[0], **tolerance):
             return True
-        whole = self._whole(last)[0].float()
-        if not torch.allclose(own, whole, atol=_CHECK_TOLERANCE, rtol=_CHECK_TOLERANCE):
+        if not torch.allclose(own, self._whole(last)[0].float(), **tolerance):
             name = type(self.model).__name__
             raise ValueError(f"{name} makes its logits in a way that this judge does not know")
         return False
 
 
-def load_model(path: str) -> tuple[Any, Any]:
+def load_model(path: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) from a folder, a GGUF file or a hub name; on a GPU if this
-    process may see one."""
+    process may see one. `dtype`: None for what suits that device."""
     logging.disable_progress_bar()  # this process shares the server's terminal
     place = Path(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # On a CPU half precision is slower and rounds more than the pairs differ.
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     source, options = path, {}
     if place.is_file():
         source, options = str(place.parent), {"gguf_file": place.name}

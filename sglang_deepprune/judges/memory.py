@@ -66,7 +66,8 @@ def token_bytes_of(config: dict[str, Any], item_bytes: int) -> int:
     head_dim = int(config.get("head_dim") or hidden // heads)
     keys_and_values = int(config["num_hidden_layers"]) * 2 * kv_heads * head_dim
     activations = 3 * int(config.get("intermediate_size") or 4 * hidden) + 8 * hidden
-    return item_bytes * (2 * keys_and_values + activations)
+    residual = 8 * hidden if item_bytes < 4 else 0  # float32 beside half precision: `residual.py`
+    return item_bytes * (2 * keys_and_values + activations) + residual
 
 
 def num_weights(path: str | Path) -> int | None:
