@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.report import Row
+from sglang_deepprune.judges.attention import is_flashinfer_installed
+from sglang_deepprune.judges.flashinfer_attention import FlashInferAttention
 from sglang_deepprune.kernels.label_head import label_head_reference, label_head_triton
 from sglang_deepprune.kernels.pair_score import (
     PairHead,
@@ -150,35 +151,11 @@ def _add_unshared(case: Case, q: Any, k: Any, v: Any, tree: PrefixTree) -> None:
 
 
 def _add_flashinfer(case: Case, q: Any, k: Any, v: Any, tree: PrefixTree) -> None:
-    """FlashInfer's ragged wrapper, once for each level, and its merge of the two."""
-    if find_spec("flashinfer") is None:
+    if not is_flashinfer_installed():
         case.notes["flashinfer"] = "not installed"
         return
-    import flashinfer
-
-    first = tree.num_prefix_tokens
-    prefix_ends = tree.cu_seqlens[: len(tree.prefix_lengths) + 1]
-    families = [0] * len(tree.prefix_lengths)
-    for parent, length in zip(tree.parents, tree.child_lengths, strict=True):
-        families[parent] += length
-    family_ends = torch.tensor([0, *families], device=q.device).cumsum(0).int()
-    own, shared = (
-        flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
-            torch.empty(256 << 20, dtype=torch.uint8, device=q.device), "NHD"
-        )
-        for _ in range(2)
-    )
-    sizes = (q.shape[1], k.shape[1], q.shape[2])
-    own.plan(tree.cu_seqlens, tree.cu_seqlens, *sizes, causal=True, q_data_type=q.dtype)
-    shared.plan(family_ends, prefix_ends, *sizes, causal=False, q_data_type=q.dtype)
-
-    def run() -> torch.Tensor:
-        out, weight = own.run(q, k, v, return_lse=True)
-        part, part_weight = shared.run(q[first:], k[:first], v[:first], return_lse=True)
-        out[first:], _ = flashinfer.merge_state(out[first:], weight[first:], part, part_weight)
-        return out
-
-    case.runs["flashinfer"] = run
+    attention = FlashInferAttention(q.device)
+    case.runs["flashinfer"] = lambda: attention(q, k, v, tree)  # planned once, as in a pass
 
 
 def label_case(

@@ -146,8 +146,10 @@ def _chunks(tree: PrefixTree) -> list[tuple[int, int, slice]]:
     prefixes = [slice(first, end) for first, end, _ in chunks]
     for parent, length in zip(tree.parents, tree.child_lengths, strict=True):
         first, end, prefix = chunks[-1]
-        together = prefix == prefixes[parent] and row + length - first <= REFERENCE_ROWS
-        if together and end > first:
+        # Not with the last prefix, which looks like a child of nothing: it may have no queries.
+        is_child = first >= tree.num_prefix_tokens and end > first
+        fits = row + length - first <= REFERENCE_ROWS
+        if is_child and fits and prefix == prefixes[parent]:
             chunks[-1] = (first, row + length, prefix)
         else:
             chunks.append((row, row + length, prefixes[parent]))

@@ -22,6 +22,7 @@ from packaging.version import Version
 
 from sglang_deepprune.config import ConfigError, DeepPruneConfig, dest_of, flag_of, setting_fields
 from sglang_deepprune.judges import check_judge
+from sglang_deepprune.judges.attention import check_attention
 from sglang_deepprune.judges.memory import check_memory
 from sglang_deepprune.judges.permission import with_card
 from sglang_deepprune.patches import seams
@@ -144,6 +145,7 @@ def _attach(server_args: Any, values: dict[str, Any]) -> None:
         return
     check_judge(config.judge)
     config = with_card(config)
+    check_attention(config)
     config = with_memory(config)
     refuse_unproven_modes(server_args)
     if config.judge.partition(":")[0] == "probe-server":

@@ -19,6 +19,7 @@ CUTS = ("tokens", "words")
 RETURNS = ("all", "survivors", "vote")
 FLAG_PREFIX = "deepprune"
 
+ATTENTIONS = ("triton", "flashinfer")
 ADMISSIONS = ("lazy", "eager")
 COMPARISONS = ("full", "sequential", "exclusive")
 
@@ -188,6 +189,10 @@ class DeepPruneConfig:
         0, "MiB that a language model judge may take of its device, weights included; 0: on a GPU "
         "what it needs, on a CPU no bound but that of its prefix cache (512 MiB).",
         scope="server", low=0, high=1 << 20, kind=int,
+    )  # fmt: skip
+    judge_attention: str = _setting(
+        "triton", "Attention of a language model judge on a GPU: this project's kernel, or "
+        "FlashInfer's ragged one where it is installed.", scope="server", choices=ATTENTIONS,
     )  # fmt: skip
     judge_card: str = _setting(
         "", "What `eval-judge --card` wrote about this judge; unset: the card beside its weights. "

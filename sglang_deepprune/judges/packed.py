@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from sglang_deepprune.judges.attention import Attend, choose_attention
 from sglang_deepprune.judges.lm_prompt import Prompt
 from sglang_deepprune.judges.memory import CACHE_BYTES
 from sglang_deepprune.kernels.label_head import label_head
-from sglang_deepprune.kernels.prefix_attention import prefix_attention
 from sglang_deepprune.kernels.prefix_tree import PrefixTree, pack
 
 ATTENTION = "deepprune_prefix"
@@ -44,6 +44,7 @@ class _Pass:
     """What the attention of the pass that runs has to know, and what it leaves behind."""
 
     tree: PrefixTree
+    attend: Attend
     cached: KeyValues | None  # of all prefixes, one after the other; None: they are in the pass
     layers: KeyValues = field(default_factory=list)  # of the prefixes, as the pass computes them
     num_layers: int = 0  # so far
@@ -71,7 +72,7 @@ def attention(
         before = now.cached[now.num_layers]
         k, v = torch.cat([before[0], k]), torch.cat([before[1], v])
     now.num_layers += 1
-    return prefix_attention(q, k, v, now.tree, scaling)[None], None
+    return now.attend(q, k, v, now.tree, scaling)[None], None
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -86,6 +87,7 @@ class Packed:
         self.window = _window(model.config)
         self.tokens_read = 0
         self.prefixes = PrefixCache(CACHE_BYTES)
+        self._attend = choose_attention(model.device)
         self._norm = model.base_model.norm
         self._eps = float(self._norm.variance_epsilon)
         self._rows = model.get_output_embeddings().weight[list(label_ids)].contiguous()
@@ -135,7 +137,8 @@ class Packed:
         tree = pack(list(map(len, prefixes)), list(map(len, rests)), parents, device=device)
         read = rests if is_known else [*prefixes, *rests]
         ids = torch.tensor([[token for part in read for token in part]], device=device)
-        now = _Pass(tree, self.prefixes.together(prefixes) if is_known else None)
+        cached = self.prefixes.together(prefixes) if is_known else None
+        now = _Pass(tree, self._attend, cached)
         skipped = tree.total_tokens - ids.shape[1]
         self.tokens_read += ids.shape[1]
         hidden = self._hidden(ids, tree.positions[None, skipped:].long(), now)

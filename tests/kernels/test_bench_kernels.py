@@ -6,16 +6,14 @@ import os
 import subprocess
 import sys
 from functools import partial
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import bench_kernels, kernel_cases
 from sglang_deepprune.kernels.prefix_tree import pack
+from tests import fake_flashinfer
 from tests.kernels.test_prefix_attention import full_mask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,42 +45,8 @@ def test_the_small_cases_agree_and_a_wrong_kernel_would_not(device):
     assert not any(row["agrees"] for row in bench_kernels.check(cases))
 
 
-class RaggedWrapper:
-    """FlashInfer's, in a few lines of PyTorch: ranges of rows attend to ranges of keys."""
-
-    def __init__(self, workspace: torch.Tensor, layout: str) -> None:
-        assert layout == "NHD"
-
-    def plan(self, ends: Any, key_ends: Any, heads: int, kv_heads: int, dim: int, **rest: Any):
-        self.spans = list(zip(ends, ends[1:], key_ends, key_ends[1:], strict=False))
-        self.causal = rest["causal"]
-
-    def run(self, q: Any, k: Any, v: Any, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        out, weight = torch.empty_like(q), torch.empty(q.shape[:2])
-        group = q.shape[1] // k.shape[1]
-        for begin, end, first, last in self.spans:
-            keys, values = (x[first:last].repeat_interleave(group, 1) for x in (k, v))
-            scores = torch.einsum("qhd,khd->qhk", q[begin:end], keys) / q.shape[2] ** 0.5
-            if self.causal:
-                future = torch.ones(scores.shape[0], scores.shape[2]).triu(1).bool()
-                scores = scores.masked_fill(future[:, None], float("-inf"))
-            out[begin:end] = torch.einsum("qhk,khd->qhd", scores.softmax(-1), values)
-            weight[begin:end] = scores.logsumexp(-1)
-        return out, weight
-
-
-def merge_state(a: Any, weight_a: Any, b: Any, weight_b: Any) -> tuple[Any, Any]:
-    weight = torch.logaddexp(weight_a, weight_b)
-    shares = [(x - weight).exp()[..., None] for x in (weight_a, weight_b)]
-    return a * shares[0] + b * shares[1], weight
-
-
 def test_the_rivals_compute_the_same(monkeypatch):
-    fake = ModuleType("flashinfer")
-    fake.__spec__ = ModuleSpec("flashinfer", None)
-    monkeypatch.setattr(fake, "BatchPrefillWithRaggedKVCacheWrapper", RaggedWrapper, raising=False)
-    monkeypatch.setattr(fake, "merge_state", merge_state, raising=False)
-    monkeypatch.setitem(sys.modules, "flashinfer", fake)
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer.module())
     tree = pack([30], [20, 1, 7], [0, 0, 0])
     case = kernel_cases.attention_case(tree, torch.float32, 64, "cpu", heads=(4, 2))
     exact = case.exact()
@@ -93,7 +57,7 @@ def test_the_rivals_compute_the_same(monkeypatch):
 
 def test_a_rival_that_cannot_run_says_why(monkeypatch):
     tree = pack([6], [2], [0])
-    monkeypatch.setattr(kernel_cases, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernel_cases, "is_flashinfer_installed", lambda: False)
     monkeypatch.setattr(kernel_cases, "MAX_COPY_BYTES", 0.0)
     monkeypatch.setattr(bench_kernels, "median_ms", lambda run: 2.0)
     case = kernel_cases.attention_case(tree, torch.float32, 64, "cpu", heads=(2, 1))

@@ -163,8 +163,9 @@ class TestEitherWay:
         assert torch.equal(before[others], after[others])
         assert (before[changed] != after[changed]).all()
 
-    def test_queries_of_children_alone_read_cached_prefixes(self, device, attend):
-        tree = on(device, MIXED)
+    @pytest.mark.parametrize("lengths", [None, ([0, 4], [3, 2], [0, 1])])
+    def test_queries_of_children_alone_read_cached_prefixes(self, device, attend, lengths):
+        tree = on(device, lengths or MIXED)
         q, k, v = random_inputs(tree, (4, 1), device=device)
         whole = attend(q, k, v, tree)
         children = attend(q[tree.num_prefix_tokens :], k, v, tree)
