@@ -11,7 +11,7 @@ from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.judges.permission import sentence
 from sglang_deepprune.judging import JudgeWorker
-from sglang_deepprune.patches import seams, server_args
+from sglang_deepprune.patches import metrics, seams, server_args
 from sglang_deepprune.patches.scheduler import Engine
 from sglang_deepprune.probing import ProbeDesk, is_probe
 from sglang_deepprune.truncation import plain_decoder
@@ -60,8 +60,12 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
         # Control tokens stay visible: they mark where the thinking ends.
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    meter = metrics.meter_of(scheduler, is_leader=is_leader, has_judge=judge is not None)
+    if judge is not None:
+        worker = judge.worker if isinstance(judge, ProbeDesk) else judge
+        worker.meter = meter
     coordinator = Coordinator(
-        config, decode, read=plain_decoder(tokenizer), judge=judge, fence=fence
+        config, decode, read=plain_decoder(tokenizer), judge=judge, fence=fence, meter=meter
     )
     if is_leader:
         logger.info(
