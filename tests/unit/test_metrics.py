@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import time
 from collections import Counter
 from enum import Enum
@@ -378,3 +380,22 @@ def test_failures_have_a_label_each():
     found = samples(registry)
     name = metrics.JUDGE_FAILURES.full_name
     assert all(found[name, failure.value] == 1 for failure in Failure)
+
+
+# -- the dashboard -------------------------------------------------------------------------------
+
+
+def test_the_dashboard_shows_every_metric_and_no_other():
+    board = json.loads((DOCS / "grafana" / "deepprune.json").read_text())
+    texts = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    found = {name for text in texts for name in re.findall(r"sglang:\w+", text)}
+    endings = ("", "_bucket", "_sum", "_count")
+    known = {metric.full_name + end: metric for metric in metrics.ALL for end in endings}
+    assert {known[name].name for name in found} == {metric.name for metric in metrics.ALL}
+    places = [panel["gridPos"] for panel in board["panels"]]
+    cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"])
+             for y in range(p["y"], p["y"] + p["h"])]  # fmt: skip
+    assert len(cells) == len(set(cells)), "panels overlap"
+    assert max(x for x, _ in cells) < 24
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(ids) == len(set(ids))
