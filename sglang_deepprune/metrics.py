@@ -9,6 +9,7 @@ of its values here.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
@@ -222,8 +223,8 @@ class Meter:
 def count_group(meter: Meter, record: GroupRecord, *, is_probed: bool) -> None:
     """A group has ended, with this settled record. `is_probed`: its judge tokens are probes'."""
     meter.count(GROUPS, value=Reason.of(record.reason))
-    for choice in record.choices:
-        meter.count(SIBLINGS, value=End(choice.state))
+    for state, number in Counter(choice.state for choice in record.choices).items():
+        meter.count(SIBLINGS, number, End(state))
     meter.count(GENERATED_TOKENS, record.generated_tokens)
     meter.count(SAVED_TOKENS, record.saved_tokens_at_most)
     meter.count(JUDGE_WINDOWS, record.windows)
