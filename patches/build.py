@@ -11,6 +11,7 @@ from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.judges.permission import sentence
 from sglang_deepprune.judging import JudgeWorker
+from sglang_deepprune.metrics import JUDGE_FAILURES, Failure
 from sglang_deepprune.patches import metrics, seams, server_args
 from sglang_deepprune.patches.scheduler import Engine
 from sglang_deepprune.probing import ProbeDesk, is_probe
@@ -64,6 +65,8 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
     if judge is not None:
         worker = judge.worker if isinstance(judge, ProbeDesk) else judge
         worker.meter = meter
+        if worker.is_disabled:  # it could not load before the model
+            meter.count(JUDGE_FAILURES, value=Failure.OFF)
     coordinator = Coordinator(
         config, decode, read=plain_decoder(tokenizer), judge=judge, fence=fence, meter=meter
     )

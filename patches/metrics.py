@@ -63,6 +63,8 @@ class PrometheusMeter(Meter):
         A `CollectorRegistry` other than the process's own, for tests.
     """
 
+    is_on = True
+
     def __init__(self, collector: Any, *, has_judge: bool, registry: Any = None):
         import prometheus_client
 
@@ -115,7 +117,7 @@ class Gauges:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.is_on = type(engine.meter) is not Meter
+        self.is_on = engine.meter.is_on
         self._was_idle = False
         self._next_s = 0.0
 

@@ -210,6 +210,8 @@ ALL: tuple[Metric, ...] = (
 class Meter:
     """Where SGLang has no metrics: counts nothing. Subclasses never raise."""
 
+    is_on = False
+
     def count(self, metric: Metric, amount: float = 1, value: Enum | None = None) -> None:
         """Add to a counter. `value`: of its label, for a metric that has one."""
 
