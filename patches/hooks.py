@@ -180,8 +180,9 @@ def process_input_requests(original: Callable[..., Any], self: Any, recv_reqs: A
 
 
 def poll_commands(result: Any, self: Any) -> Any:
-    """AFTER `SchedulerRequestReceiver._pull_raw_reqs`: what is broadcast with the requests. Called in
-    every pass of the loop, on the leader alone (elsewhere there is no list)."""
+    """AFTER `SchedulerRequestReceiver._pull_raw_reqs`: what is broadcast with the requests.
+
+    Called in every pass of the loop, on the leader alone: elsewhere there is no list."""
     ours = _engine
     if ours is None or result is None:
         return None
