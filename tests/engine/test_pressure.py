@@ -48,6 +48,10 @@ def test_redundant_siblings_are_pruned_before_anybody_is_retracted(tight: Server
     assert found["pruned"] >= 1 and found["finished"] >= 2, found
     assert group["answer"] == "1"
     assert counts(tight)["relieved"] >= found["pruned"]
+    # Of a pool of ROOM slots each gives back what it has, and never more than its tokens' pages.
+    freed = scrape(tight).of(metrics.FREED_SLOTS)
+    tokens = sum(c["tokens"] for c in group["choices"] if c["state"] == "pruned")
+    assert set(freed) == {"pruned"} and 0 < freed["pruned"] <= tokens + 32 * found["pruned"]
     tight.wait_idle()
     assert set(tight.log_lines("deepprune-tables")[-1].values()) == {0}
 
