@@ -161,7 +161,7 @@ def private_slots(req: Any, allocator: Any) -> int:
 
     def field(name: str) -> int:
         found = getattr(kv, name, None)
-        return int(getattr(req, name, 0) if found is None else found)
+        return int((getattr(req, name, None) if found is None else found) or 0)
 
     page = int(allocator.page_size)
     allocated = -(-field("kv_allocated_len") // page) * page

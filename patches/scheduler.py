@@ -84,7 +84,7 @@ class Engine:
         self.token = token_of(scheduler.server_args)
         self.meter = coordinator.meter
         self.gauges = Gauges(self)
-        self.doomed: dict[str, int] = {}  # rid of who ends with the next result -> its own KV slots
+        self.doomed: dict[str, int] = {}  # rid of who is about to be stopped -> its own KV slots
         self.is_deterministic = bool(scheduler.server_args.enable_deterministic_inference)
         self.steps = StepLog(scheduler, config.log_steps)
         self.room = WaitingRoom(scheduler)
@@ -295,7 +295,8 @@ class Engine:
     def _doom(self, req: Any, stop: Stop) -> None:
         """SGLang ends it in the result processing that comes next."""
         req.to_finish = finish.FinishStopped(stop.state, len(req.output_ids))
-        self.doomed[req.rid] = 0
+        if self.meter.is_on:
+            self.doomed[req.rid] = 0
         self.live[req.rid].skipped_insert = req.skip_radix_cache_insert
         # The private tail goes back to the allocator instead of into the radix tree. Not before the
         # first token: the prompt of a sibling in prefill is everybody's.
@@ -309,6 +310,8 @@ class Engine:
 
     def weigh(self, req: Any) -> None:
         """What a sibling that is about to be stopped owns alone goes back to the allocator."""
+        if not self.meter.is_on:
+            return
         self.doomed[req.rid] = private_slots(req, self.scheduler.token_to_kv_pool_allocator)
 
     def _take_from_queue(self, req: Any) -> bool:

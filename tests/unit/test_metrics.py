@@ -367,7 +367,14 @@ def test_a_pass_of_the_loop_costs_less_than_a_hundredth_of_a_millisecond_step():
 
 @pytest.mark.parametrize(
     ("allocated", "protected", "page", "slots"),
-    [(66, 25, 1, 41), (66, 16, 16, 64), (64, 16, 16, 48), (0, 0, 16, 0), (0, 25, 1, 0)],
+    [
+        (66, 25, 1, 41),
+        (66, 16, 16, 64),
+        (64, 16, 16, 48),
+        (0, 0, 16, 0),
+        (0, 25, 1, 0),
+        (None, None, 16, 0),
+    ],
 )
 def test_private_slots_are_whole_pages_beyond_the_shared_prompt(allocated, protected, page, slots):
     allocator = SimpleNamespace(page_size=page)
