@@ -112,6 +112,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
     from transformers import AutoTokenizer
 
     model, folder = tmp_path_factory.mktemp("tiny"), tmp_path_factory.mktemp("prometheus")
+    print(subprocess.run(["prometheus", "--version"], capture_output=True, text=True).stdout)
     make_tiny_model(model)
     scenario.write(AutoTokenizer.from_pretrained(model), folder / "scripts.json")
     env = plugin_env(folder / "scripts.json", folder)
