@@ -11,7 +11,8 @@ from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.judges.permission import sentence
 from sglang_deepprune.judging import JudgeWorker
-from sglang_deepprune.patches import seams, server_args
+from sglang_deepprune.metrics import JUDGE_FAILURES, Failure
+from sglang_deepprune.patches import metrics, seams, server_args
 from sglang_deepprune.patches.scheduler import Engine
 from sglang_deepprune.probing import ProbeDesk, is_probe
 from sglang_deepprune.truncation import plain_decoder
@@ -61,8 +62,14 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
         # Control tokens stay visible: they mark where the thinking ends.
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    meter = metrics.meter_of(scheduler, is_leader=is_leader, has_judge=judge is not None)
+    if judge is not None:
+        worker = judge.worker if isinstance(judge, ProbeDesk) else judge
+        worker.meter = meter
+        if worker.is_disabled:  # it could not load before the model
+            meter.count(JUDGE_FAILURES, value=Failure.OFF)
     coordinator = Coordinator(
-        config, decode, read=plain_decoder(tokenizer), judge=judge, fence=fence
+        config, decode, read=plain_decoder(tokenizer), judge=judge, fence=fence, meter=meter
     )
     if is_leader:
         logger.info(

@@ -180,9 +180,14 @@ def process_input_requests(original: Callable[..., Any], self: Any, recv_reqs: A
 
 
 def poll_commands(result: Any, self: Any) -> Any:
-    """AFTER `SchedulerRequestReceiver._pull_raw_reqs`: what is broadcast with the requests."""
+    """AFTER `SchedulerRequestReceiver._pull_raw_reqs`: what is broadcast with the requests.
+
+    Called in every pass of the loop, on the leader alone: elsewhere there is no list."""
     ours = _engine
-    if ours is None or ours.coordinator.is_idle or result is None:
+    if ours is None or result is None:
+        return None
+    ours.gauges.tick()
+    if ours.coordinator.is_idle:
         return None
     commands = ours.poll()
     return [*result, *commands] if commands else None
@@ -200,6 +205,8 @@ def process_batch_result_decode(
     if ours.is_idle:
         return original(self, batch, result)
     ours.guard(ours.before_result, batch, result)
+    if ours.doomed:
+        ours.guard(ours.weigh_doomed, batch)
     returned = original(self, batch, result)
     ours.guard(ours.after_result, batch)
     if ours.probes.running:
@@ -225,6 +232,8 @@ def _timed(original: Callable[..., Any], self: Any, batch: Any, result: Any, our
     start = time.perf_counter_ns()
     if not ours.is_idle:
         ours.guard(ours.before_result, batch, result)
+        if ours.doomed:
+            ours.guard(ours.weigh_doomed, batch)
     middle = time.perf_counter_ns()
     ours.steps.begin()
     returned = original(self, batch, result)
@@ -249,6 +258,8 @@ def process_batch_result_prefill(
     ours = _engine
     if ours is not None and ours.probes.running:
         ours.guard(ours.before_prefill_result, batch, result)
+    if ours is not None and ours.doomed:
+        ours.guard(ours.weigh_doomed, batch)
     returned = original(self, batch, result)
     if ours is not None and not ours.is_idle:
         ours.rows.interrupted()

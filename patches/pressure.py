@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang_deepprune import policy
+from sglang_deepprune.metrics import RETRACTIONS_AVOIDED
 from sglang_deepprune.patches.fork import ProbeReq
 from sglang_deepprune.patches.rows import can_be_released
 
@@ -41,6 +42,7 @@ class Pressure:
         while len(batch.reqs) > 1 and not batch.check_decode_mem():
             if self._yield_one(batch) or self._shed(batch):
                 self.num_relieved += 1
+                self.engine.meter.count(RETRACTIONS_AVOIDED)
             elif self.engine.prefixes.locks:
                 self.engine.prefixes.let_go_all()
             else:
@@ -78,6 +80,8 @@ class Pressure:
         if redundant is None and is_alone:
             return False  # whomever SGLang retracts, it is one of these
         index = min(lengths, key=lambda i: (lengths[i], -i)) if redundant is None else redundant
+        if redundant is not None:
+            self.engine.weigh(batch.reqs[own[index]])
         self.engine.rows.release(batch, [own[index]])
         if redundant is not None:
             self.engine.prune(fattest, index)

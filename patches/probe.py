@@ -28,6 +28,7 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
 from sglang_deepprune import probing
 from sglang_deepprune.coordinator import Fork
+from sglang_deepprune.metrics import HOOK_ERRORS
 from sglang_deepprune.patches import sampling
 from sglang_deepprune.patches.fork import ProbeReq
 from sglang_deepprune.patches.rows import can_be_released
@@ -98,6 +99,7 @@ class Probes:
         try:
             return step(*args)
         except Exception as error:
+            self.engine.meter.count(HOOK_ERRORS)
             if not self._off:
                 self._off = f"{step.__name__} raised {type(error).__name__}"
                 logger.exception("deepprune: probe: %s; no more probes", self._off)

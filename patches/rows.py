@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_deepprune import policy
 from sglang_deepprune.coordinator import Start
 from sglang_deepprune.group import Group
+from sglang_deepprune.metrics import EXTRAS_STARTED, EXTRAS_YIELDED, RETRACTIONS, Who
 from sglang_deepprune.stepmodel import StepModel
 from sglang_deepprune.types import Fill
 
@@ -177,6 +178,7 @@ class Rows:
         refused = [req for req in injected if id(req) in waiting and req.rid in self.engine.live]
         ours = {id(req) for req in refused}
         self.scheduler.waiting_queue = [req for req in queue if id(req) not in ours]
+        self.engine.meter.count(EXTRAS_STARTED, sum(id(req) not in waiting for req in injected))
         for req in refused:
             self.send_back(req)
         if refused and not self.scheduler.waiting_queue:
@@ -199,6 +201,9 @@ class Rows:
     def release(self, batch: Any, places: Sequence[int]) -> list[Any]:
         """Take these rows of the running batch; their requests wait within their groups again."""
         reqs = self.take_off(batch, places)
+        num_extras = sum(req.rid in self.extras for req in reqs)
+        self.engine.meter.count(EXTRAS_YIELDED, num_extras)
+        self.engine.meter.count(RETRACTIONS, len(reqs), Who.DEEPPRUNE)
         for req in reqs:
             self.send_back(req)
             req.time_stats.set_wait_queue_entry_time()  # as for any retracted request

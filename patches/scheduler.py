@@ -29,8 +29,10 @@ from sglang_deepprune.coordinator import (
     Stop,
 )
 from sglang_deepprune.group import State
+from sglang_deepprune.metrics import FREED_SLOTS, HOOK_ERRORS, RETRACTIONS, Stopped, Who
 from sglang_deepprune.noise import sibling_seed
 from sglang_deepprune.patches import finish, sampling, wire
+from sglang_deepprune.patches.metrics import Gauges, private_slots
 from sglang_deepprune.patches.prefix import PrefixHold
 from sglang_deepprune.patches.pressure import Pressure
 from sglang_deepprune.patches.probe import Probes
@@ -80,6 +82,9 @@ class Engine:
         self.pending: dict[str, tuple[Any, Retired]] = {}
         self.outbox: list[Command] = []  # the leader's, until seen back in the broadcast
         self.token = token_of(scheduler.server_args)
+        self.meter = coordinator.meter
+        self.gauges = Gauges(self)
+        self.doomed: dict[str, int] = {}  # rid of who is about to be stopped -> its own KV slots
         self.is_deterministic = bool(scheduler.server_args.enable_deterministic_inference)
         self.steps = StepLog(scheduler, config.log_steps)
         self.room = WaitingRoom(scheduler)
@@ -103,6 +108,9 @@ class Engine:
         """A sibling comes to SGLang's queue, for the first time or again."""
         known = self.live.get(req.rid)
         if known is not None:
+            if req.is_retracted:
+                self.doomed.pop(req.rid, None)
+                self.meter.count(RETRACTIONS, value=Who.SGLANG)
             if isinstance(req.to_finish, finish.FinishStopped):
                 # Doomed, and retracted: it holds no KV and must not start again.
                 self._end([req], req.to_finish.state)
@@ -212,6 +220,7 @@ class Engine:
             self.outbox += self.coordinator.poll()
             fills = self.rows.wanted()
         except Exception:
+            self.meter.count(HOOK_ERRORS)
             if "poll" not in self._faults:
                 self._faults.add("poll")
                 logger.exception("deepprune: polling judge, fence or free rows failed")
@@ -286,10 +295,24 @@ class Engine:
     def _doom(self, req: Any, stop: Stop) -> None:
         """SGLang ends it in the result processing that comes next."""
         req.to_finish = finish.FinishStopped(stop.state, len(req.output_ids))
+        if self.meter.is_on:
+            self.doomed[req.rid] = 0
         self.live[req.rid].skipped_insert = req.skip_radix_cache_insert
         # The private tail goes back to the allocator instead of into the radix tree. Not before the
         # first token: the prompt of a sibling in prefill is everybody's.
         req.skip_radix_cache_insert |= len(req.output_ids) > 0
+
+    def weigh_doomed(self, batch: Any) -> None:
+        """Right before SGLang ends them: the KV that each of them will give back."""
+        for req in batch.reqs:
+            if req.rid in self.doomed and req.skip_radix_cache_insert:
+                self.weigh(req)
+
+    def weigh(self, req: Any) -> None:
+        """What a sibling that is about to be stopped owns alone goes back to the allocator."""
+        if not self.meter.is_on:
+            return
+        self.doomed[req.rid] = private_slots(req, self.scheduler.token_to_kv_pool_allocator)
 
     def _take_from_queue(self, req: Any) -> bool:
         """Out of SGLang's waiting or grammar queue, if it is in one and owns nothing.
@@ -356,10 +379,13 @@ class Engine:
     def _retire(self, live: Live, state: State) -> None:
         """The sibling's last output is about to leave, or to be held until the vote is counted."""
         req = live.req
+        slots = self.doomed.get(req.rid, 0)
         self._drop(live)
         tokens = len(req.output_ids)
         if tokens == 0 and isinstance(req.finished_reason, finish.FinishStopped):
             state = State.NOT_STARTED
+        if slots and state in (State.PRUNED, State.DECIDED):
+            self.meter.count(FREED_SLOTS, slots, Stopped(state.value))
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         if state in (State.ABORTED, State.FAILED):
             self._lost.add(live.group_id)
@@ -427,6 +453,7 @@ class Engine:
         self.room.take(live.req)
         self.rows.extras.pop(live.req.rid, None)
         sampling.SEEDS.pop(live.req.rid, None)
+        self.doomed.pop(live.req.rid, None)
 
     def log_tables(self) -> None:
         own = {
@@ -455,6 +482,7 @@ class Engine:
         try:
             return step(*args)
         except Exception as error:
+            self.meter.count(HOOK_ERRORS)
             kind = f"{step.__name__}: {type(error).__name__}"
             if kind not in self._faults:
                 self._faults.add(kind)

@@ -93,7 +93,7 @@ TOKENIZER = (
 SCHEDULER = (
     Seam(f"{_MANAGERS}.scheduler", "Scheduler.__init__", _B,
          "builds the coordinator; checks the seams where a raise stops the server", ("self",),
-         "server_args, tokenizer, ranks, pools"),
+         "server_args, tokenizer, ranks, pools, metrics_collector"),
     Seam(f"{_MANAGERS}.scheduler", "Scheduler.init_model_worker", _A,
          "a judge on a GPU takes its memory before the KV pool is sized", ("self",),
          "server_args, ranks"),

@@ -22,6 +22,7 @@ from sglang_deepprune.answers import Fence, extract
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.judging import JudgeWorker
+from sglang_deepprune.metrics import GROUPS, VERDICT_LATENCY, Meter, Reason, count_group
 from sglang_deepprune.probing import ProbeDesk, box_end, read
 from sglang_deepprune.record import choice_of, record_of
 from sglang_deepprune.truncation import Cut, make_cut
@@ -108,6 +109,7 @@ class Run:
     cuts: dict[int, Cut] = field(default_factory=dict)
     traces: dict[int, Trace] = field(default_factory=dict)  # truncated, one a judged sibling
     in_flight: frozenset[int] = frozenset()  # siblings of the task that the judge has now
+    asked_s: float = 0.0  # when it was handed over
     over_s: float | None = None  # since when its last output waits for the fence
     is_behind: bool = False  # more siblings have reached the cut than one step could read
     touched_s: float = 0.0
@@ -134,6 +136,7 @@ class Coordinator:
         judge: JudgeWorker | ProbeDesk | None = None,
         fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
+        meter: Meter | None = None,
     ):
         self.config = config
         self.decode = decode  # for answers: control tokens stay, they mark the thinking's end
@@ -142,6 +145,7 @@ class Coordinator:
         self.desk = judge if isinstance(judge, ProbeDesk) else None  # the same, if it is a probe's
         self.fence = fence  # the leader's only
         self.clock = clock
+        self.meter = meter or Meter()  # one that counts is the leader's only
         self.runs: dict[str, Run] = {}
         self._epoch = 0
         self._num_renewals = 0
@@ -313,13 +317,12 @@ class Coordinator:
         if is_over and not group.tally.is_settled and not run.is_client_side:
             run.over_s = self.clock()
             return Retired(choice_of(sibling), is_pending=True)
-        record = None
-        if is_over or run.is_client_side:
-            record = record_of(run.group, run.max_new_tokens, is_settled=is_over)
-        retired = Retired(choice_of(sibling), record)
+        choice, record = choice_of(sibling), None
         if is_over:
-            self.forget(group_id)
-        return retired
+            record = self._conclude(run)
+        elif run.is_client_side:
+            record = record_of(run.group, run.max_new_tokens, is_settled=False)
+        return Retired(choice, record)
 
     def settle(self, group_id: str) -> GroupRecord | None:
         """The record of a group whose last output was held, once its vote is counted."""
@@ -328,9 +331,7 @@ class Coordinator:
             return None
         if not run.group.tally.is_settled:
             return None
-        record = record_of(run.group, run.max_new_tokens, is_settled=True)
-        self.forget(group_id)
-        return record
+        return self._conclude(run)
 
     def lost(self, group_id: str) -> list[Action]:
         """Siblings were aborted: fewer may still vote, which can decide it."""
@@ -442,6 +443,7 @@ class Coordinator:
         for one in gone:
             self.forget(one)
         self._abandoned.extend(gone)
+        self.meter.count(GROUPS, len(gone), Reason.ABANDONED)
         return gone
 
     def revive(self, group_id: str, index: int) -> None:
@@ -469,7 +471,14 @@ class Coordinator:
             elif sibling.state is State.EXPECTED:
                 sibling.state = State.ABORTED
         if run.group.is_over and run.group.tally.is_settled:
-            self.forget(run.group.group_id)
+            self._conclude(run)
+
+    def _conclude(self, run: Run) -> GroupRecord:
+        """The group has ended: its record, counted once, and the group is gone."""
+        record = record_of(run.group, run.max_new_tokens, is_settled=True)
+        count_group(self.meter, record, is_probed=self.desk is not None)
+        self.forget(run.group.group_id)
+        return record
 
     def _look(self, run: Run, outputs: Mapping[int, Sequence[int]]) -> None:
         """Cut what has become long enough, and hand it over unless the judge is at it already."""
@@ -505,7 +514,7 @@ class Coordinator:
         )
         for index in fresh:
             group.siblings[index].is_submitted = True
-        run.in_flight = frozenset(fresh)
+        run.in_flight, run.asked_s = frozenset(fresh), self.clock()
         group.windows += 1
         self._submit(task)
 
@@ -526,6 +535,8 @@ class Coordinator:
         if not run.in_flight or not run.in_flight.issuperset(s.sibling for s in result.assignments):
             return  # placed already: a command may come twice, the next window being out or not
         run.in_flight = frozenset()
+        if result.error is None:
+            self.meter.observe(VERDICT_LATENCY, self.clock() - run.asked_s)
         group.judge_calls += result.num_pairs
         group.judge_tokens += result.num_tokens
         group.judge_ms += result.elapsed_ms

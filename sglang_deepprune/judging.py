@@ -24,6 +24,7 @@ from sglang_deepprune.batcher import Batcher
 from sglang_deepprune.child import Child
 from sglang_deepprune.judges import OWN, is_remote_model, load_judge, memory
 from sglang_deepprune.judges import attention as chosen_attention
+from sglang_deepprune.metrics import JUDGE_FAILURES, JUDGE_RESTARTS, Failure, Meter
 from sglang_deepprune.types import JudgeResult, JudgeTask
 
 LOAD_LIMIT_S = 120.0
@@ -82,6 +83,7 @@ class JudgeWorker:
         self.backoff_s = backoff_s
         default_s = DOWNLOAD_LIMIT_S if is_remote_model(spec) else LOAD_LIMIT_S
         self.load_limit_s = default_s if load_limit_s is None else load_limit_s
+        self.meter = Meter()
         env = child_env(spec, device, memory_mib, attention)
         self._child = Child(factory, (spec, deadline_s * _BUDGET_SHARE), env=env)
         self._waiting: deque[JudgeTask] = deque()
@@ -133,7 +135,7 @@ class JudgeWorker:
             self._fail([task], self._off)
         elif len(self._waiting) >= _MAX_WAITING:
             reason = f"{_MAX_WAITING} groups wait for the judge; it is too slow for this load"
-            self._warn("queue", reason)
+            self._warn(Failure.QUEUE, reason)
             self._fail([task], reason)
         else:
             self._waiting.append(task)
@@ -175,12 +177,12 @@ class JudgeWorker:
             self._accept(reply.value)
         elif self._child.pid is None:
             if is_loading:
-                self._fault("load", f"cannot load: {reply.error}", is_loading=True)
+                self._fault(Failure.LOAD, f"cannot load: {reply.error}", is_loading=True)
             else:
-                self._fault("end", reply.error)
+                self._fault(Failure.END, reply.error)
         else:
             # Raised outside any task, by pickling for one. Its message may quote a text.
-            self._fault("reply", f"no answer: {reply.error.partition(':')[0]}")
+            self._fault(Failure.REPLY, f"no answer: {reply.error.partition(':')[0]}")
 
     def _keep_time(self) -> None:
         child = self._child
@@ -188,9 +190,9 @@ class JudgeWorker:
             return
         if not child.is_ready and child.elapsed_s > self.load_limit_s:
             reason = f"cannot load: not ready within {self.load_limit_s:g} s"
-            self._fault("load time", reason, is_loading=True)
+            self._fault(Failure.LOAD_TIME, reason, is_loading=True)
         elif child.is_ready and child.is_busy and child.elapsed_s > self.deadline_s:
-            self._fault("deadline", f"no answer within {self.deadline_s:g} s")
+            self._fault(Failure.DEADLINE, f"no answer within {self.deadline_s:g} s")
 
     def _revive(self) -> None:
         if self._off is None and self._child.pid is None and time.monotonic() >= self._launch_at:
@@ -226,22 +228,22 @@ class JudgeWorker:
 
     def _accept(self, results: object) -> None:
         if not _is_answer(results, self._batch):
-            self._fault("reply", "the reply does not belong to the batch")
+            self._fault(Failure.REPLY, "the reply does not belong to the batch")
             return
         self._num_faults = 0
         unanswered = [t for t in self._batch[len(results) :] if t.group_id not in self._forgotten]
         for result in results:
             if result.error is not None:
-                self._warn(result.error.partition(":")[0], result.error)
+                self._warn(Failure.TASK, result.error)
             if result.group_id not in self._forgotten:
                 self._done.append(result)
         self._waiting.extendleft(reversed(unanswered))
         self._end_batch()
 
-    def _fault(self, kind: str, reason: str, *, is_loading: bool = False) -> None:
+    def _fault(self, failure: Failure, reason: str, *, is_loading: bool = False) -> None:
         """The process is of no use: answer for it, and plan its relaunch or give up."""
         self._child.kill()
-        self._warn(kind, reason)
+        self._warn(failure, reason)
         lost = [task for task in self._batch if task.group_id not in self._forgotten]
         if is_loading:  # whoever waits has waited for a whole load already
             lost += self._waiting
@@ -251,7 +253,7 @@ class JudgeWorker:
         self._num_faults += 1
         if self._num_faults > self.max_restarts:
             self._off = f"the judge is off after {self.max_restarts} restarts in a row: {reason}"
-            self._warn("off", self._off)
+            self._warn(Failure.OFF, self._off)
             self._fail(self._waiting, self._off)
             self._waiting.clear()
         else:
@@ -261,10 +263,12 @@ class JudgeWorker:
     def _launch(self) -> None:
         self._ended.clear()  # a new process knows of no group
         self._seen.clear()
+        if self._child.num_starts:
+            self.meter.count(JUDGE_RESTARTS)
         try:
             self._child.launch()
         except OSError as error:  # out of processes, memory or descriptors
-            self._fault("launch", f"cannot launch: {error}", is_loading=True)
+            self._fault(Failure.LAUNCH, f"cannot launch: {error}", is_loading=True)
 
     def _end_batch(self) -> None:
         self._batch = []
@@ -273,8 +277,11 @@ class JudgeWorker:
     def _fail(self, tasks: Iterable[JudgeTask], reason: str) -> None:
         self._done += [JudgeResult(task.group_id, task.epoch, error=reason) for task in tasks]
 
-    def _warn(self, kind: str, reason: str) -> None:
-        """Once a kind, so that a judge that fails at every window does not fill the log."""
+    def _warn(self, failure: Failure, reason: str) -> None:
+        """Counted each time, logged once a kind (and error of a task), so that a judge that fails
+        at every window does not fill the log."""
+        self.meter.count(JUDGE_FAILURES, value=failure)
+        kind = reason.partition(":")[0] if failure is Failure.TASK else failure.value
         if kind not in self._logged:
             self._logged.add(kind)
             _LOG.warning("judge %s gives no verdict: %s", self.spec, reason)

@@ -25,7 +25,7 @@ COMMON = (
 MARKER = ("--deepprune-judge", "python:tests.marker_judge:make", "--deepprune-judge-deadline-ms",
           "1500")  # fmt: skip
 CONFIGS: dict[str, tuple[str, ...]] = {
-    "page1-overlap": (),
+    "page1-overlap": ("--enable-metrics",),  # test_metrics.py
     "page16-no-overlap": (
         "--page-size", "16", "--disable-overlap-schedule", "--max-running-requests", "8",
         "--reasoning-parser", "qwen3",

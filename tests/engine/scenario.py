@@ -73,6 +73,13 @@ PROMPTS: dict[str, list[str]] = {
     "fault: NAN": [trace("NAN", 60, "3", turn) for turn in range(4)],
     "fault: HANG": [trace("HANG", 60, "3", turn) for turn in range(4)],
     "fault: DIE": [trace("DIE", 60, "3", turn) for turn in range(4)],
+    # Short ones, for many requests at once: agreement, two camps, none, and no answers at all.
+    "mixed: agree": [trace("A", 20 + 2 * i, "7", i % 3) for i in range(8)],
+    "mixed: camps": [
+        trace("B" if i % 3 else "A", 24 + 3 * i, "6" if i % 3 else "5", i % 4) for i in range(9)
+    ],
+    "mixed: differ": [trace("ABC"[i % 3], 18 + 2 * i, str(i), i % 4) for i in range(12)],
+    "mixed: silent": [trace("A", 20 + 2 * i, None, i % 3) for i in range(6)],
     # Equal after sympy only: the fence decides, and the last output waits for it.
     "fence: expand": [
         "<A> so \\boxed{(x+1)^2}", "<A> so \\boxed{x^2+2x+1}", "<A> so \\boxed{x^2+x+1}",

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_plugin
+from sglang_deepprune import metrics
 from tests.engine import scenario
 from tests.engine.conftest import COMMON, MARKER
+from tests.engine.counters import scrape
 from tests.engine.server import Server
 from tests.engine.test_groups import DECIDE, ask, states
 from tests.engine.test_lazy import DISAGREE, LONG, in_background, server_load
@@ -39,7 +41,8 @@ def flat(tiny: Path, scripts_env: Any, tmp_path_factory: Any) -> Iterator[Server
     bench = bench_plugin.plugin_env(
         tmp_path_factory.mktemp("bench"), flat_ms=15.0, is_deepprune_on=True
     )
-    flags = (*COMMON, *MARKER, "--max-running-requests", str(ROWS), "--deepprune-fill", "0.25")
+    flags = (*COMMON, *MARKER, "--max-running-requests", str(ROWS), "--deepprune-fill", "0.25",
+             "--enable-metrics")  # fmt: skip
     with Server(tiny, *flags, env=joined(scripts_env, bench)) as server:
         yield server
 
@@ -62,8 +65,12 @@ def test_flat_steps_fill_every_row_and_a_stranger_gets_one_at_once(flat: Server)
     assert states(outputs) == ["finished"] * 16
     for index, output in enumerate(outputs):  # who gave its row back goes on with the same text
         assert output["text"] == scenario.PROMPTS[LONG][index % 12]
-    assert flat.log_lines("deepprune-counts")[-1]["yielded"] > before
+    yielded = flat.log_lines("deepprune-counts")[-1]["yielded"]
+    assert yielded > before
     flat.wait_idle()
+    counted = scrape(flat)
+    assert counted.total(metrics.EXTRAS_STARTED) >= counted.total(metrics.EXTRAS_YIELDED)
+    assert counted.total(metrics.EXTRAS_YIELDED) == yielded
     assert set(flat.log_lines("deepprune-tables")[-1].values()) == {0}
 
 
@@ -88,7 +95,7 @@ def test_a_fault_of_ours_is_logged_once_and_every_sibling_runs_to_its_end(
         "[sglang.srt.plugins]\nfaulty = faulty_policy:register\n"
     )
     env = joined(scripts_env, {"PYTHONPATH": str(tmp_path)})
-    with Server(tiny, *COMMON, *MARKER, env=env) as server:
+    with Server(tiny, *COMMON, *MARKER, "--enable-metrics", env=env) as server:
         for _ in range(2):
             outputs = server.generate(
                 DECIDE, n=12, temperature=1.0, max_new_tokens=400,
@@ -99,3 +106,6 @@ def test_a_fault_of_ours_is_logged_once_and_every_sibling_runs_to_its_end(
             assert group["active"] is False
         assert server.log.count("live groups run on as plain sampling") == 1
         server.wait_idle()
+        counted = scrape(server)
+        assert counted.of(metrics.GROUPS) == {"abandoned": 2}
+        assert counted.total(metrics.HOOK_ERRORS) == 2 and not counted.of(metrics.SIBLINGS)

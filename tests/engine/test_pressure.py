@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import requests
 
+from sglang_deepprune import metrics
 from tests.engine import scenario
 from tests.engine.conftest import COMMON, MARKER
+from tests.engine.counters import scrape
 from tests.engine.server import Server
 from tests.engine.test_groups import ask, group_of, states
 from tests.engine.test_lazy import LONG, in_background, server_load
@@ -25,7 +27,8 @@ ROOM = 1200  # KV slots: about three of the 330-token traces
 @pytest.fixture(scope="module", params=list(PAGES))
 def tight(request: pytest.FixtureRequest, tiny: Any, scripts_env: Any) -> Iterator[Server]:
     # SGLang admits more than fits, as it does when its guess of the lengths is too low.
-    flags = (*COMMON, *MARKER, *PAGES[request.param], "--schedule-conservativeness", "0.1")
+    flags = (*COMMON, *MARKER, *PAGES[request.param], "--schedule-conservativeness", "0.1",
+             "--enable-metrics")  # fmt: skip
     env = {**scripts_env, "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
     with Server(tiny, *flags, env=env, max_total_tokens=ROOM) as server:
         server.name = request.param
@@ -45,6 +48,10 @@ def test_redundant_siblings_are_pruned_before_anybody_is_retracted(tight: Server
     assert found["pruned"] >= 1 and found["finished"] >= 2, found
     assert group["answer"] == "1"
     assert counts(tight)["relieved"] >= found["pruned"]
+    # Of a pool of ROOM slots each gives back what it has, and never more than its tokens' pages.
+    freed = scrape(tight).of(metrics.FREED_SLOTS)
+    tokens = sum(c["tokens"] for c in group["choices"] if c["state"] == "pruned")
+    assert set(freed) == {"pruned"} and 0 < freed["pruned"] <= tokens + 32 * found["pruned"]
     tight.wait_idle()
     assert set(tight.log_lines("deepprune-tables")[-1].values()) == {0}
 
@@ -130,6 +137,11 @@ def storm(server: Server, num_requests: int, seed: int) -> None:
     server.wait_idle()
     assert set(server.log_lines("deepprune-tables")[-1].values()) == {0}
     assert "live groups run on as plain sampling" not in server.log
+    logged, counted = counts(server), scrape(server)
+    assert counted.total(metrics.RETRACTIONS_AVOIDED) == logged["relieved"] > 0
+    assert counted.of(metrics.RETRACTIONS)["deepprune"] == logged["yielded"] > 0
+    assert counted.of(metrics.RETRACTIONS).get("sglang", 0) >= logged["retracted"]
+    assert not counted.total(metrics.HOOK_ERRORS)
 
 
 def test_mixed_requests_on_a_pool_for_three_siblings(tight: Server):

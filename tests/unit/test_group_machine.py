@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +30,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from sglang_deepprune import policy
+from sglang_deepprune import metrics, policy
 from sglang_deepprune.clustering import place
 from sglang_deepprune.config import PRESETS, DeepPruneConfig
 from sglang_deepprune.coordinator import Action, Command, Coordinator, Retired, Start, Stop
 from sglang_deepprune.group import Group, State
 from sglang_deepprune.types import ABSENT, GroupRecord, JudgeResult, JudgeTask
 from tests.unit.test_coordinator import Clock, FakeFence, FakeJudge, decode
+from tests.unit.test_metrics import Tally
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "sglang_deepprune/schema/record.schema.json").read_text())
@@ -85,10 +87,12 @@ class Ranks(RuleBasedStateMachine):
             card_taus=(("tokens:4", 0.5),),
         )  # fmt: skip
         self.clock = Clock()
-        self.judge, self.fence = FakeJudge(), FakeFence()
+        self.judge, self.fence, self.tally = FakeJudge(), FakeFence(), Tally()
+        self.told: list[GroupRecord] = []  # settled records, as clients see them
+        self.num_silent = 0  # groups that ended when nobody was left to be told
         self.leader = Coordinator(
             config, decode, judge=self.judge, fence=self.fence,  # type: ignore[arg-type]
-            clock=self.clock,
+            clock=self.clock, meter=self.tally,
         )  # fmt: skip
         self.follower = Coordinator(config, decode, clock=lambda: 1e9)
         self.groups: dict[str, Known] = {}
@@ -161,6 +165,7 @@ class Ranks(RuleBasedStateMachine):
     def settled(self, gid: str, record: GroupRecord) -> None:
         """The record of a group that has ended: once, by the schema, and its counts add up."""
         known = self.groups.pop(gid)
+        self.told.append(record)
         jsonschema.validate(record.to_json(), GROUP_SCHEMA)
         assert not known.members and gid not in self.leader.runs
         states = {choice.index: choice.state for choice in record.choices}
@@ -365,6 +370,7 @@ class Ranks(RuleBasedStateMachine):
                 known.unsent.clear()
             if not known.members and gid not in self.leader.runs:
                 del self.groups[gid]
+                self.num_silent += 1
         self.act(actions)
 
     @precondition(lambda self: len(self.groups.keys() & self.leader.runs.keys()) > 1)
@@ -466,8 +472,10 @@ class Ranks(RuleBasedStateMachine):
                 self.settled(gid, record)
             elif record is not None:
                 self.groups.pop(gid)  # the same, and the fence was late
+                self.num_silent += 1
         elif gid in self.groups and not self.groups[gid].members:
             self.groups.pop(gid)  # closed by time, with nobody left to tell
+            self.num_silent += 1
 
     # -- what always holds -------------------------------------------------------------------
 
@@ -552,6 +560,25 @@ class Ranks(RuleBasedStateMachine):
                 self.apply(command)
         assert not self.groups and self.leader.is_idle and self.follower.is_idle
         assert set(self.leader.sizes.values()) == {0}
+        self.check_counts()
+
+    def check_counts(self) -> None:
+        """Each group was counted once, under a known reason; the sums are those of the records."""
+        groups = self.tally.of(metrics.GROUPS)
+        assert metrics.Reason.OTHER.value not in groups
+        assert groups.pop("abandoned", 0) == len(self.abandoned)
+        assert sum(groups.values()) == len(self.told) + self.num_silent
+        if self.num_silent:
+            return  # what nobody was told is counted all the same
+        states = Counter(choice.state for record in self.told for choice in record.choices)
+        assert self.tally.of(metrics.SIBLINGS) == states
+        for metric, name in (
+            (metrics.GENERATED_TOKENS, "generated_tokens"),
+            (metrics.SAVED_TOKENS, "saved_tokens_at_most"),
+            (metrics.JUDGE_WINDOWS, "windows"), (metrics.JUDGE_PAIRS, "judge_calls"),
+            (metrics.JUDGE_TOKENS, "judge_tokens"),
+        ):  # fmt: skip
+            assert self.tally.sums[metric.name, ""] == sum(getattr(r, name) for r in self.told)
 
 
 def _picture(group: Group) -> Any:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from sglang_deepprune.judging import JudgeWorker, child_env
+from sglang_deepprune.metrics import JUDGE_FAILURES, JUDGE_RESTARTS
 from sglang_deepprune.types import ABSENT, JudgeResult, JudgeTask, Trace
+from tests.unit.test_metrics import Tally
 
 TESTS = str(Path(__file__).resolve().parent.parent)
 BLOCKED_S = 0.25  # a poll that waits for a stopped or hung child takes far longer
@@ -151,6 +153,7 @@ def test_a_judge_that_fails_a_task_gives_errors_is_logged_once_and_lives_on(
     make, caplog, name, reason
 ):
     worker = make(name)
+    worker.meter = tally = Tally()
     for epoch in range(3):
         worker.submit(task(epoch=epoch))
         (result,) = results_of(worker, 1)
@@ -160,6 +163,7 @@ def test_a_judge_that_fails_a_task_gives_errors_is_logged_once_and_lives_on(
     assert len(caplog.records) == 1
     assert SECRET not in caplog.text
     assert worker._child.num_starts == 1 and not worker.is_disabled
+    assert tally.of(JUDGE_FAILURES) == {"task": 3} and not tally.of(JUDGE_RESTARTS)
 
 
 def test_one_bad_group_does_not_spoil_the_batch(make):
@@ -193,12 +197,16 @@ def test_a_hung_judge_is_killed_at_its_deadline_and_its_successor_answers(
 )
 def test_a_judge_that_always_fails_its_process_is_switched_off(make, caplog, name, deadline_s):
     worker = make(name, deadline_s, max_restarts=2)
+    worker.meter = tally = Tally()
     for epoch in range(3):
         worker.submit(task(epoch=epoch))
         (result,) = results_of(worker, 1)
         assert result.error is not None and result.assignments == ()
     assert worker.is_disabled and not worker.is_ready
     assert worker._child.num_starts == 3
+    failures = tally.of(JUDGE_FAILURES)
+    assert failures.pop("off") == 1 and list(failures.values()) == [3]
+    assert set(failures) <= {"end", "deadline"} and tally.of(JUDGE_RESTARTS) == {"": 2}
     worker.submit(task())
     (result,) = worker.poll()
     assert result.error is not None and "off after 2 restarts" in result.error
@@ -218,6 +226,7 @@ def test_a_judge_that_cannot_load_gives_errors_and_is_switched_off(
     make, caplog, name, load_limit_s, reason
 ):
     worker = make(name, max_restarts=1, load_limit_s=load_limit_s)
+    worker.meter = tally = Tally()
     worker.submit(task("a"))
     worker.submit(task("b"))
     results = results_of(worker, 2)
@@ -225,6 +234,8 @@ def test_a_judge_that_cannot_load_gives_errors_and_is_switched_off(
     poll_until(worker, lambda: worker.is_disabled)
     assert worker._child.num_starts == 2
     assert len(caplog.records) == 2
+    kind = "load_time" if name == "never_loaded" else "load"
+    assert tally.of(JUDGE_FAILURES) == {kind: 2, "off": 1}
 
 
 @pytest.mark.parametrize("name", ["babbling", "quoting"])
@@ -321,12 +332,14 @@ def test_the_process_is_told_of_ended_groups_that_it_knows(make):
 def test_more_groups_than_the_queue_holds_are_refused(make, monkeypatch, caplog):
     monkeypatch.setattr("sglang_deepprune.judging._MAX_WAITING", 2)
     worker = make("hanging", deadline_s=60.0)
+    worker.meter = tally = Tally()
     for name in "abcd":
         worker.submit(task(name))
     refused = worker.poll()
     assert [result.group_id for result in refused] == ["c", "d"]
     assert worker.num_pending == 2
     assert len(caplog.records) == 1
+    assert tally.of(JUDGE_FAILURES) == {"queue": 2}
 
 
 def test_close_ends_the_process_and_later_tasks_fail(make):

@@ -9,8 +9,10 @@ import pytest
 
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Fork
+from sglang_deepprune.metrics import HOOK_ERRORS
 from sglang_deepprune.patches import fork, probe, seams
 from sglang_deepprune.patches.probe import Probes
+from tests.unit.test_metrics import Tally
 
 
 class FakeCoordinator:
@@ -25,7 +27,7 @@ class FakeCoordinator:
 def make() -> Probes:
     engine = SimpleNamespace(
         scheduler=SimpleNamespace(), config=DeepPruneConfig(judge="none"),
-        coordinator=FakeCoordinator(), is_idle=False,
+        coordinator=FakeCoordinator(), is_idle=False, meter=Tally(),
     )  # fmt: skip
     return Probes(engine)  # type: ignore[arg-type]
 
@@ -45,6 +47,7 @@ def test_a_fault_of_ours_ends_all_probes_and_is_logged_once(caplog: pytest.LogCa
     reason = "broken raised ZeroDivisionError"
     assert probes.engine.coordinator.told == [(0, reason), (1, reason)]
     assert len(caplog.records) == 1
+    assert probes.engine.meter.of(HOOK_ERRORS) == {"": 3}
 
 
 def test_a_sibling_is_wished_for_once():
