@@ -95,7 +95,7 @@ def _entry_point() -> Finding:
         return Finding(
             "entry-point", "fault",
             f"no installed package has the entry point {support.PLUGIN!r} of {_GROUP}, so SGLang "
-            f"does not see the plugin; pip install sglang-deepprune (a copied folder is not enough)",
+            f"does not see the plugin; pip install sglang-deepprune (a folder is not enough)",
         )  # fmt: skip
     who = [f"{one.dist.name} {one.dist.version}" if one.dist else one.value for one in points]
     if len(points) > 1:

@@ -65,8 +65,9 @@ class _Kept(logging.Handler):
 
 def check(report: Report, argv: Sequence[str] | None) -> None:
     """All checks that need SGLang. `argv`: a server's flags; None: none were given."""
-    if not _loads(report):
+    if not _imports(report):
         return
+    _load_plugins(report)
     is_known = _knows_the_flag(report)
     _seams(report)
     _processes(report)
@@ -84,16 +85,23 @@ def check(report: Report, argv: Sequence[str] | None) -> None:
         _carries(report, argv)
 
 
-def _loads(report: Report) -> bool:
-    """SGLang imports, and loads our plugin without an error: it only logs one."""
+def _imports(report: Report) -> bool:
     try:
-        from sglang.srt import plugins
+        importlib.import_module("sglang.srt.plugins")
+        importlib.import_module("sglang.srt.server_args")
     except Exception as error:
         report(
             "import", "fault",
             f"SGLang does not import: {_brief(error)}; repair it, for instance by {INSTALL}",
         )  # fmt: skip
         return False
+    return True
+
+
+def _load_plugins(report: Report) -> None:
+    """As a server does. SGLang only logs what a plugin raises."""
+    from sglang.srt import plugins
+
     kept = _Kept()
     log = logging.getLogger(plugins.__name__)
     log.addHandler(kept)
@@ -101,21 +109,17 @@ def _loads(report: Report) -> bool:
         plugins.load_plugins()
     finally:
         log.removeHandler(kept)
-    failed = False
     for record in kept.records:
         error = record.exc_info[1] if record.exc_info else None
         what = f"{record.getMessage()}: {_brief(error) if error else 'no reason given'}"
         if PLUGIN in [str(arg) for arg in _arguments(record)]:
-            failed = True
             report(
                 "plugin", "fault",
-                f"the plugin raises at load, and SGLang only logs it ({what}), so {_ENABLE} is "
-                f"unknown; repair that, for instance by pip install --force-reinstall "
-                f"sglang-deepprune",
+                f"the plugin raises at load, and SGLang only logs it ({what}); repair that, for "
+                f"instance by pip install --force-reinstall sglang-deepprune",
             )  # fmt: skip
         else:
             report("other-plugins", "warning", f"SGLang logged: {what}")
-    return not failed
 
 
 def _arguments(record: logging.LogRecord) -> tuple[Any, ...]:
@@ -124,10 +128,14 @@ def _arguments(record: logging.LogRecord) -> tuple[Any, ...]:
 
 def _knows_the_flag(report: Report) -> bool:
     """SGLang only logs a hook that does not apply: ask its parser."""
-    from sglang.srt.server_args import ServerArgs
+    from sglang.srt import server_args
 
     parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
+    try:
+        server_args.ServerArgs.add_cli_args(parser)
+    except Exception as error:
+        report("flag", "fault", f"SGLang's parser cannot be built: {_brief(error)}; {INSTALL}")
+        return False
     flags = [flag_of(spec) for spec in setting_fields()]
     missing = [flag for flag in flags if flag not in parser._option_string_actions]
     if not missing:
@@ -178,7 +186,8 @@ def _seams(report: Report) -> None:
 
 def _processes(report: Report) -> None:
     """As this SGLang's source has it: who loads plugins, and who must get ours otherwise."""
-    loads, gets = ["main"], []
+    loads: list[str] = ["main"]
+    gets: list[str] = []
     for name, module, function in _PROCESSES:
         try:
             found = inspect.unwrap(getattr(importlib.import_module(module), function))
@@ -224,7 +233,9 @@ def _parse(report: Report, argv: Sequence[str]) -> argparse.Namespace | None:
     except _Parsed as found:
         args = found.parsed
     except (SystemExit, Exception) as error:
-        report("parse", "fault", f"SGLang does not take these flags: {_last(said) or _brief(error)}")
+        report(
+            "parse", "fault", f"SGLang does not take these flags: {_last(said) or _brief(error)}"
+        )
         return None
     finally:
         server_args.ServerArgs.from_cli_args = original

@@ -24,7 +24,7 @@ from sglang_deepprune.config import ConfigError, DeepPruneConfig, dest_of, flag_
 from sglang_deepprune.judges import check_judge
 from sglang_deepprune.judges.memory import check_memory
 from sglang_deepprune.judges.permission import with_card
-from sglang_deepprune.patches import seams
+from sglang_deepprune.patches import seams, support
 from sglang_deepprune.probing import is_probe
 
 logger = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ def activate(config: DeepPruneConfig, *, everywhere: bool) -> None:
     if everywhere and not seams.is_known(known):
         logger.warning(
             "deepprune was tested with %s; this is %s. Its seams are checked now.",
-            seams.WINDOW, known,
+            support.WINDOW, known,
         )  # fmt: skip
     seams.check(wanted)
     seams.install(wanted, hooks.TABLE)

@@ -13,6 +13,7 @@ from sglang_deepprune.config import dest_of, setting_fields
 from sglang_deepprune.judges.permission import sentence
 from sglang_deepprune.patches.scheduler import Engine
 from sglang_deepprune.patches.server_args import activated
+from sglang_deepprune.probing import ProbeDesk
 
 
 def describe(engine: Engine) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def _judge_state(engine: Engine) -> str | None:
     if engine.config.judge == "none":
         return "none"
     judge = engine.coordinator.judge
-    worker = getattr(judge, "worker", judge)  # a probe's desk has one
+    worker = judge.worker if isinstance(judge, ProbeDesk) else judge
     if worker is None:
         return None
     if worker.is_disabled:

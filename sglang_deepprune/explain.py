@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from sglang_deepprune.findings import FAULT, NO_FAULT, WRONG_USAGE
-from sglang_deepprune.policy import OPEN_ENDED, RENEWED
+from sglang_deepprune.policy import ABANDONED, OPEN_ENDED, RENEWED
 from sglang_deepprune.reply import ReplyError, read
 
 _MOST_ANSWERS = 4
 _MOST_LETTERS = 60
+_DECIDED = re.compile(r"decided: (\d+):(\d+) of (\d+) votes, at most (\d+) to come")  # policy.py's
 
 # state -> what is said of its siblings; the order is that of the sentence
 _STATES = {
@@ -53,7 +55,9 @@ def explain(group: dict[str, Any], texts: dict[int, str] | None = None) -> dict[
         sentences, the latter empty for most groups.
     """
     if not group["active"]:
-        odd = [f"These siblings were no group: {group['reason']}."]
+        odd = [f"These {group['size']} siblings were no group: {group['reason']}."]
+        if group["reason"] == ABANDONED:
+            odd.append("The server's log has the error; what came back is whole.")
         return _result(group, [], odd)
     sentences = [_vote(group), *_siblings(group), _reason(group), *_clusters(group), _tokens(group)]
     return _result(group, [one for one in sentences if one], _odd(group, texts or {}))
@@ -75,7 +79,9 @@ def _vote(group: dict[str, Any]) -> str:
     if not votes:
         return f"Nobody of {group['size']} siblings voted for an answer."
     lead, *others = votes
-    one = f"{_short(lead['answer'])} {'wins' if group['settled'] else 'leads'} with {lead['votes']} "
+    one = (
+        f"{_short(lead['answer'])} {'wins' if group['settled'] else 'leads'} with {lead['votes']} "
+    )
     one += f"of {_count(cast, 'vote')}"
     if others:
         named = ", ".join(
@@ -111,12 +117,14 @@ def _reason(group: dict[str, Any]) -> str:
     reason = group["reason"]
     if not group["settled"]:
         return f"The group still runs ({reason}): its record is as of one member's end."
-    kind, _, rest = reason.partition(": ")
-    if kind == "decided" and rest:
-        preset = f"preset {group['preset']}" if group["preset"] else "the preset"
+    counted = _DECIDED.fullmatch(reason)
+    if counted:
+        lead, next_one, cast, to_come = counted.groups()
         return (
-            f"It ended early: with {rest}, another winner was less likely than {preset} asks about."
+            f"It ended early: the leader had {lead} of {cast} votes, the next answer {next_one}, "
+            f"and with at most {to_come} to come another winner was too unlikely to wait for."
         )
+    kind, _, rest = reason.partition(": ")
     if kind == "gave up":
         return f"It ended early, without hope of a majority: {rest}."
     if kind == "pruned":
@@ -124,7 +132,9 @@ def _reason(group: dict[str, Any]) -> str:
     if kind == "redundant":
         return f"The judge found siblings redundant: {rest}."
     if reason == OPEN_ENDED:
-        return "Nobody was stopped: the first finishers held no answer, so there was no vote to win."
+        return (
+            "Nobody was stopped: the first finishers held no answer, so there was no vote to win."
+        )
     if reason == RENEWED:
         return "Nobody was stopped any more once the weights had changed under it."
     if reason == "all siblings finished":
@@ -179,7 +189,9 @@ def _odd(group: dict[str, Any], texts: dict[int, str]) -> list[str]:
         odd.append("The weights changed while it ran: votes of two models are counted together.")
     failed = sum(choice["state"] == "failed" for choice in choices)
     if failed:
-        odd.append(f"{failed} failed: the server refused or lost {'it' if failed == 1 else 'them'}.")
+        odd.append(
+            f"{failed} failed: the server refused or lost {'it' if failed == 1 else 'them'}."
+        )
     aborted = sum(choice["state"] == "aborted" for choice in choices)
     if aborted:
         odd.append(f"{aborted} of the siblings {'was' if aborted == 1 else 'were'} aborted.")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 KEY = "deepprune"
+_EVENT_FIELDS = ("data:", ":", "event:", "id:", "retry:")
 SCHEMA = Path(__file__).parent / "schema" / "record.schema.json"
 
 
@@ -42,6 +43,7 @@ def read(text: str) -> Reply:
     groups: dict[str, dict[str, Any]] = {}
     texts: dict[int, str] = {}
     num_choices = 0
+    is_stream = text.lstrip().startswith(_EVENT_FIELDS)
     for number, document in enumerate(documents):
         for record in _groups(document):
             _check(record)
@@ -49,7 +51,7 @@ def read(text: str) -> Reply:
             # Members of a client-side group each carry it, as of their own end.
             if name not in groups or _is_later(record, groups[name]):
                 groups[name] = record
-        for index, said, is_delta in _texts(document):
+        for index, said, is_delta in _texts(document, is_stream):
             texts[index] = texts.get(index, "") + said if is_delta else said
         num_choices += _num_choice_records(document)
     if not groups:
@@ -76,8 +78,8 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
     """What lines of a dump can hold JSON: `data: {...}`, or JSON lines."""
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.strip()
-        if line.startswith((":", "event:", "id:", "retry:")):
-            continue  # the other fields of an event
+        if line.startswith(_EVENT_FIELDS) and not line.startswith("data:"):
+            continue
         line = line.removeprefix("data:").strip()
         if line and line != "[DONE]":
             yield number, line
@@ -88,8 +90,8 @@ def _line(line: str, number: int) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise ReplyError(
-            f"line {number} is no JSON ({error.msg}); give a reply of SGLang's: JSON, JSON lines or "
-            f"the `data:` lines of a stream"
+            f"line {number} is no JSON ({error.msg}); give a reply of SGLang's: JSON, JSON lines "
+            f"or the `data:` lines of a stream"
         ) from error
 
 
@@ -117,21 +119,23 @@ def _groups(document: Any) -> Iterator[dict[str, Any]]:
                 yield many
 
 
-def _texts(document: Any) -> Iterator[tuple[int, str, bool]]:
+def _texts(document: Any, is_stream: bool) -> Iterator[tuple[int, str, bool]]:
     """(choice, text, whether it is what came on top of the last chunk's)."""
     if not isinstance(document, dict):
         return
-    choice = _choice(document)
-    if isinstance(document.get("text"), str) and (choice is not None or "index" in document):
-        yield int(document.get("index", choice)), document["text"], False
+    index = document.get("index", _choice(document))
+    if isinstance(document.get("text"), str) and isinstance(index, int):
+        yield index, document["text"], False
+    kind = str(document.get("object", ""))
+    is_chunk = kind.endswith("chunk") or (kind == "text_completion" and is_stream)
     for one in document.get("choices") or ():
         if not isinstance(one, dict) or not isinstance(one.get("index"), int):
             continue
         said = one.get("delta") or one.get("message") or {"content": one.get("text")}
-        parts = (said.get("reasoning_content"), said.get("content"))
-        is_delta = str(document.get("object", "")).endswith("chunk") or "delta" in one
-        is_delta |= document.get("object") == "text_completion" and "usage" not in document
-        yield one["index"], "".join(part for part in parts if isinstance(part, str)), is_delta
+        parts = [said.get("reasoning_content"), said.get("content")]
+        texts = [part for part in parts if isinstance(part, str)]
+        if texts:
+            yield one["index"], "".join(texts), is_chunk
 
 
 def _choice(document: dict[str, Any]) -> int | None:

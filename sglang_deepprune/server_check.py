@@ -1,8 +1,8 @@
 """A live server from outside: is the plugin on, in every scheduler and at the front, and as meant?
 
-Reads /server_info, where each scheduler rank says what is in force (`patches/state.py`), /model_info
-and /v1/models. That the front end carries the plugin shows in a reply alone, so one request of two
-choices of one token each is sent, unless told not to. Needs no SGLang on this machine.
+Reads /server_info, where each scheduler rank says what is in force (`patches/state.py`),
+/model_info and /v1/models. That the front end carries the plugin shows in a reply alone, so one
+request of two choices of one token each is sent, unless told not to. Needs no SGLang here.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def _model(found: Look, base: str, timeout_s: float) -> None:
     if not found.facts["is_generation"]:
         found.note("model", "fault", "an embedding model has no siblings; serve one that generates")
     else:
-        found.note("model", "ok", f"serves {', '.join(served)} (weights {model.get('weight_version')})")
+        found.note(
+            "model", "ok", f"serves {', '.join(served)} (weights {model.get('weight_version')})"
+        )
 
 
 def _schedulers(found: Look, info: Mapping[str, Any]) -> bool | None:
@@ -129,8 +131,8 @@ def _schedulers(found: Look, info: Mapping[str, Any]) -> bool | None:
         if _ENABLE in flags or "--config" in flags:
             found.note(
                 "plugin", "warning",
-                f"no scheduler says a word of the plugin, though the launch command has "
-                f"{_ENABLE if _ENABLE in flags else '--config'}; another version of it may run there",
+                f"no scheduler says a word of the plugin, though the server was launched with "
+                f"{_ENABLE if _ENABLE in flags else '--config'}; another version of it may run",
             )  # fmt: skip
             return None
         found.note(
