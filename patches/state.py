@@ -39,8 +39,10 @@ def _judge_state(engine: Engine) -> str | None:
         return "none"
     judge = engine.coordinator.judge
     worker = judge.worker if isinstance(judge, ProbeDesk) else judge
-    if worker is None:
+    if judge is None or worker is None:
         return None
+    if engine.coordinator.is_idle:
+        judge.poll()  # nobody does while no group lives; what it says is about none
     if worker.is_disabled:
         return "off"
     return "ready" if worker.is_ready else "loading"

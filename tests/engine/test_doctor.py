@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.plugin_folder import plugin_path
+from sglang_deepprune.patches import support
 from tests.engine.server import ROOT, cpu_env
 
 RENAMES = """
@@ -176,13 +177,13 @@ def test_a_newer_sglang_with_a_renamed_seam_is_named(tmp_path: Path):
     assert code == 1 and list(faults(found)) == ["seam"]
     sentence = faults(found)["seam"]
     assert "sglang.srt.managers.scheduler.Scheduler.update_running_batch is not there" in sentence
-    assert "supported: SGLang 0.5.15 to 0.5.23; install one of these" in sentence
+    assert f"supported: {support.WINDOW}; install one of these" in sentence
     assert found["version"][0][0] == "warning" and "0.5.99 is newer" in found["version"][0][1]
 
 
 def test_an_older_sglang_is_named(tmp_path: Path):
     code, found = doctor(PYTHONPATH=installed(tmp_path, "sglang", "0.5.14"))
-    assert code == 1 and "older than 0.5.15" in faults(found)["version"]
+    assert code == 1 and f"older than {support.OLDEST}" in faults(found)["version"]
 
 
 def test_a_missing_sglang_is_named():
