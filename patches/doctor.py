@@ -172,6 +172,9 @@ def main(argv: list[str]) -> int:
     place = argv.index("--") if "--" in argv else len(argv)
     args = build_parser().parse_args(argv[:place])
     flags = server_flags(argv[place + 1 :]) if place < len(argv) else None
+    if not args.timeout_s > 0:
+        print("error: --timeout-s must be above 0", file=sys.stderr)
+        return WRONG_USAGE
     if args.url and flags is not None:
         print("error: --url looks at a live server; flags are for one to come", file=sys.stderr)
         return WRONG_USAGE
@@ -184,7 +187,7 @@ def main(argv: list[str]) -> int:
         findings, where = looked.findings, args.url
         more |= {"url": args.url, "server": looked.facts}
     else:
-        where = "this machine" if flags is None else "a start with these flags"
+        where = "this machine, no flags given" if flags is None else "a start with these flags"
         findings = check_here(flags)
     if args.json:
         print(as_json(findings, **more))

@@ -1,4 +1,7 @@
-"""doctor and SGLang itself, no server: each fault in a process that really has it."""
+"""doctor and SGLang itself: each fault in a process that really has it, mostly without a server.
+
+A sound live server is looked at in test_groups.py.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ import pytest
 
 from benchmarks.plugin_folder import plugin_path
 from sglang_deepprune.patches import support
-from tests.engine.server import ROOT, cpu_env
+from tests.engine.conftest import COMMON
+from tests.engine.server import ROOT, Server, cpu_env
+from tests.engine.test_parallel import CORES
 
 RENAMES = """
 def register():
@@ -208,3 +213,20 @@ def test_wrong_usage_ends_with_2(words: tuple[str, ...]):
         env=cpu_env(), capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2 and "error: " in done.stderr and not done.stdout
+
+
+@pytest.mark.modes
+def test_every_data_parallel_rank_tells_of_itself(tiny: Path):
+    with Server(tiny, *COMMON, "--dp", "2", env=CORES) as server:
+        code, found = doctor("--url", server.url)
+    assert code == 0 and faults(found) == {}, found
+    assert "is on in 2 of 2 ranks" in found["plugin"][0][1]
+
+
+@pytest.mark.modes
+def test_a_live_server_without_the_flag_is_named(tiny: Path):
+    with Server(tiny) as server:
+        code, found = doctor("--url", server.url)
+    assert code == 1 and list(faults(found)) == ["plugin"]
+    assert "off on this server; start it with --enable-deepprune" in faults(found)["plugin"]
+    assert found["version"][0][0] == found["model"][0][0] == "ok"

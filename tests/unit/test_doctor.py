@@ -160,6 +160,7 @@ def test_flags_stand_behind_two_dashes_and_not_beside_a_url(set_up, monkeypatch,
     capsys.readouterr()
     assert cli.main(["doctor", "--url", "http://h:1", "--", "--x"]) == 2
     assert "flags are for one to come" in capsys.readouterr().err
+    assert cli.main(["doctor", "--url", "http://h:1", "--timeout-s", "0"]) == 2
     with pytest.raises(SystemExit) as error:
         cli.main(["doctor", "--no-such-option"])
     assert error.value.code == 2
