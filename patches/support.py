@@ -29,19 +29,27 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def untested(server_args: Any) -> list[str]:
-    """The modes of this server that the plugin is written for and was never run in.
+    """The modes of this server that the plugin is written for and was never run in, and why that
+    matters.
 
     `server_args`: SGLang's ServerArgs, the parsed flags, or what /server_info says of them.
     """
-    attention_dp = getattr(server_args, "attn_dp_size", None)
+
+    def has(*names: str) -> bool:
+        return any(getattr(server_args, name, None) for name in names)
+
     modes = (
-        (getattr(server_args, "speculative_algorithm", None),
-         "--speculative-algorithm: votes come a step later, for several tokens come at once"),
-        (getattr(server_args, "enable_lora", None) or getattr(server_args, "lora_paths", None),
-         "LoRA adapters: siblings share their prompt's adapter"),
-        (getattr(server_args, "enable_dp_attention", None) or (attention_dp or 1) > 1,
-         "DP attention: a group has to stay on one rank"),
         (str(getattr(server_args, "device", None) or "").startswith("cuda"),
-         "a GPU: everything was measured on the CPU engine"),
+         "a GPU: everything was run on SGLang's CPU engine"),
+        (has("speculative_algorithm"),
+         "--speculative-algorithm: several tokens come at once, so votes are seen a step later"),
+        (has("enable_lora", "lora_paths"),
+         "--enable-lora: siblings share their prompt's adapter"),
+        (has("enable_deterministic_inference", "rl_on_policy_target"),
+         "--enable-deterministic-inference: siblings get a seed each"),
+        (has("enable_dp_attention") or (getattr(server_args, "attn_dp_size", None) or 1) > 1,
+         "--attn-dp-size: a group has to stay on one rank"),
+        (has("enable_hierarchical_cache"),
+         "--enable-hierarchical-cache: a stopped sibling's KV may be on its way to the host"),
     )  # fmt: skip
     return [sentence for applies, sentence in modes if applies]
