@@ -18,6 +18,7 @@ from sglang_deepprune.patches import output, sampling, server_args, tokenizer_ma
 from sglang_deepprune.patches.build import build_engine, start_judge_early
 from sglang_deepprune.patches.fork import ProbeReq
 from sglang_deepprune.patches.scheduler import _COMMANDS, Arrival, Engine
+from sglang_deepprune.patches.state import describe
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,18 @@ def with_held(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
         return original(self, *args, **kwargs)
     with ours.room.shown():
         return original(self, *args, **kwargs)
+
+
+def get_internal_state(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `Scheduler.get_internal_state`: /server_info says what is in force and how it fares."""
+    ours, state = _engine, result.internal_state
+    # SGLang 0.5.15 dumps every attribute of `server_args`: the token there proves a tag to be ours.
+    state.pop(server_args.ATTRIBUTE, None)
+    if ours is not None:
+        try:  # not `guard`: nothing was acted on, so no group need be given up
+            state[wire.KEY] = describe(ours)
+        except Exception:
+            logger.exception("deepprune: its state cannot be told")
 
 
 def abort_on_waiting_timeout(original: Callable[..., Any], self: Any) -> Any:
@@ -318,6 +331,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "Scheduler.process_input_requests": process_input_requests,
     "Scheduler._poll_timeout_aborts": poll_timeout_aborts,
     "Scheduler._abort_on_waiting_timeout": abort_on_waiting_timeout,
+    "Scheduler.get_internal_state": get_internal_state,
     "Scheduler.is_fully_idle": is_fully_idle,
     "Scheduler._get_new_batch_prefill_raw": get_new_batch_prefill,
     "Scheduler.update_running_batch": update_running_batch,

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from sglang_deepprune.patches import wire
+from sglang_deepprune.policy import ABANDONED
 from sglang_deepprune.types import ChoiceRecord, GroupRecord
 
 RECORDS = "_deepprune_records"  # attribute of the request object that OpenAI handlers share
@@ -109,15 +110,19 @@ class Reply:
         if record is None:
             if not ask.is_explicit and not ask.is_wanted:
                 return None
-            why = "aborted before it was settled" if ask.is_wanted else "switched off by request"
+            why = "switched off by request"
+            if ask.is_wanted:
+                # Whoever is left of a group brings its record, unless the scheduler gave it up.
+                is_lost = all(_is_aborted(response) for response in block)
+                why = "aborted before it was settled" if is_lost else ABANDONED
             record = self.records[prompt] = inactive(why, size=self.num_siblings)
         choices = {choice["index"]: choice for choice in record["choices"]}
         first = prompt * self.num_siblings
         for place, response in enumerate(block):
             index = response.get("index", first + place) - first
             meta = response["meta_info"]
-            default = ChoiceRecord(index, "aborted" if ask.is_wanted else "finished",
-                                   _tokens(response))  # fmt: skip
+            state = "aborted" if _is_aborted(response) else "finished"
+            default = ChoiceRecord(index, state, _tokens(response))
             ours = meta.setdefault(wire.KEY, {"choice": default.to_json()})
             ours["choice"] = choices.get(index, ours["choice"])
         block[0]["meta_info"][wire.KEY]["group"] = record
@@ -134,6 +139,10 @@ class Reply:
                 if response.get(name) is not None and known.get(name) is not None:
                     response[name] = known[name] + response[name]
         self.buffers[response["index"]] = response
+
+
+def _is_aborted(response: dict[str, Any]) -> bool:
+    return (response["meta_info"].get("finish_reason") or {}).get("type") == "abort"
 
 
 def _tokens(response: dict[str, Any]) -> int:

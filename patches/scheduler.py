@@ -102,6 +102,11 @@ class Engine:
         """No group lives and no probe of one is left: every hook returns at once."""
         return not self.coordinator.runs and not self.probes.running
 
+    @property
+    def faults(self) -> list[str]:
+        """Kinds of our own errors since the start; the log has the first of each kind."""
+        return sorted(self._faults)
+
     # -- admission ---------------------------------------------------------------------------
 
     def arrive(self, req: Any) -> Arrival:

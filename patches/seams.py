@@ -19,8 +19,7 @@ from typing import Any
 from packaging.version import Version
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-OLDEST, NEWEST = "0.5.15", "0.5.23"
-WINDOW = f"SGLang {OLDEST} to {NEWEST}"
+from sglang_deepprune.patches.support import NEWEST, OLDEST, WINDOW
 
 _MANAGERS = "sglang.srt.managers"
 _OPENAI = "sglang.srt.entrypoints.openai"
@@ -110,6 +109,8 @@ SCHEDULER = (
          ("self",), "the list it returns; waiting_queue", since="0.5.21"),
     Seam(f"{_MANAGERS}.scheduler", "Scheduler._abort_on_waiting_timeout", _A,
          "held siblings time out as queued ones", ("self",), "waiting_queue", until="0.5.21"),
+    Seam(f"{_MANAGERS}.scheduler", "Scheduler.get_internal_state", _B,
+         "settings and health in /server_info", ("self", "recv_req"), "internal_state"),
     Seam(f"{_MANAGERS}.scheduler", "Scheduler.is_fully_idle", _A,
          "a group with held siblings is no idle server", ("self", "for_health_check"),
          "waiting_queue"),

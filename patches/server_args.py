@@ -25,7 +25,7 @@ from sglang_deepprune.judges import check_judge
 from sglang_deepprune.judges.attention import check_attention
 from sglang_deepprune.judges.memory import check_memory
 from sglang_deepprune.judges.permission import with_card
-from sglang_deepprune.patches import seams
+from sglang_deepprune.patches import seams, support
 from sglang_deepprune.probing import is_probe
 
 logger = logging.getLogger(__name__)
@@ -177,8 +177,17 @@ def with_memory(config: DeepPruneConfig) -> DeepPruneConfig:
 
 def refuse_unproven_modes(server_args: Any) -> None:
     """Raise SeamError, one sentence, for the first mode that nobody has proven with this plugin."""
-    refusals = (
-        (os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"),
+    for sentence in refusals(server_args):
+        raise seams.SeamError(sentence)
+
+
+def refusals(server_args: Any) -> list[str]:
+    """One sentence for each mode of this server that nobody has proven with this plugin.
+
+    `server_args`: SGLang's ServerArgs, or the parsed flags that it is made of.
+    """
+    modes = (
+        (os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes", "y"),
          "SGLANG_RUST_SERVER: the Rust front end has none of our Python hooks; unset it"),
         (getattr(server_args, "disaggregation_mode", "null") not in ("null", None),
          "--disaggregation-mode: prefill/decode disaggregation moves KV between servers"),
@@ -194,9 +203,8 @@ def refuse_unproven_modes(server_args: Any) -> None:
         (bool(getattr(server_args, "skip_tokenizer_init", False)),
          "--skip-tokenizer-init: answers are read from text, so a tokenizer is needed"),
     )  # fmt: skip
-    for applies, sentence in refusals:
-        if applies:
-            raise seams.SeamError(f"--enable-deepprune does not work yet with {sentence}")
+    start = "--enable-deepprune does not work yet with"
+    return [f"{start} {sentence}" for applies, sentence in modes if applies]
 
 
 _activated: list[seams.Seam] = []
@@ -215,7 +223,7 @@ def activate(config: DeepPruneConfig, *, everywhere: bool) -> None:
     if everywhere and not seams.is_known(known):
         logger.warning(
             "deepprune was tested with %s; this is %s. Its seams are checked now.",
-            seams.WINDOW, known,
+            support.WINDOW, known,
         )  # fmt: skip
     seams.check(wanted)
     seams.install(wanted, hooks.TABLE)

@@ -39,6 +39,10 @@ COMMANDS = {
         "sglang_deepprune.evaluation", "measure a judge on recorded traces, write its card"
     ),
     "calibrate": Command("sglang_deepprune.calibrate", "the tau for a wanted rate of false merges"),
+    "doctor": Command(
+        "sglang_deepprune.patches.doctor", "what is wrong with this set-up, or with a live server"
+    ),
+    "explain": Command("sglang_deepprune.explain", "what became of a group, from its reply"),
 }
 
 
@@ -58,8 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    status = import_module(COMMANDS[args.command].module).main(args.arguments)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Cut by hand: argparse would drop a `--` that stands right behind the command.
+    end = next((i + 1 for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
+    args = build_parser().parse_args(argv[:end])
+    status = import_module(COMMANDS[args.command].module).main(argv[end:])
     return int(status)
 
 

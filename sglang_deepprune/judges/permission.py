@@ -35,6 +35,8 @@ def with_card(config: DeepPruneConfig) -> DeepPruneConfig:
     path = Path(config.judge_card) if config.judge_card else card_path(config.judge)
     if path is None or (not config.judge_card and not path.is_file()):
         return config
+    if not path.is_file():
+        raise ConfigError("judge_card", f"no file {str(path)!r}; make one by eval-judge --card")
     try:
         found = load(path)
     except CardError as error:

@@ -6,6 +6,8 @@ Runs in each configuration of conftest.CONFIGS, strict memory checks on.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import jsonschema
 import pytest
 
 from tests.engine import scenario
-from tests.engine.server import Server
+from tests.engine.server import Server, cpu_env
 
 SCHEMA = json.loads(
     Path(__file__)
@@ -257,6 +259,69 @@ def test_equal_answers_that_only_sympy_can_tell_are_one_vote(scripted: Server):
     votes = [vote["votes"] for vote in group_of(outputs)["votes"]]
     assert votes == [2, 1]
     assert states(outputs) == ["finished"] * 3
+
+
+def sglang_deepprune(*words: str, said: str = "") -> subprocess.CompletedProcess[str]:
+    """The command, as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "sglang_deepprune.cli", *words],
+        input=said, env=cpu_env(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions", "stream"])
+def test_explain_reads_what_a_client_got(scripted: Server, path: str):
+    custom = {"deepprune": PAPER}
+    if path == "/generate":
+        params = {"n": 8, "max_new_tokens": 400, "temperature": 1.0, "custom_params": custom}
+        body: dict[str, Any] = {"text": PRUNE, "sampling_params": params}
+    else:
+        body = {
+            "model": "m",
+            "n": 8,
+            "max_tokens": 400,
+            "temperature": 1.0,
+            "custom_params": custom,
+        }
+        if path == "/v1/completions":
+            body["prompt"] = PRUNE
+        else:
+            body["messages"] = [{"role": "user", "content": PRUNE}]
+    if path == "stream":
+        reply = scripted.post("/v1/chat/completions", {**body, "stream": True}).text
+        assert reply.count("data: ") > 8
+    else:
+        reply = scripted.post(path, body).text
+    done = sglang_deepprune("explain", "-", said=reply)
+    assert done.returncode == 0, done.stderr
+    assert "'15' wins with 2 of 2 votes (written by sibling 0)." in done.stdout
+    assert "2 ran to the end and 6 were stopped as redundant" in done.stdout
+    assert "2 clusters of 5 and 3" in done.stdout
+    assert "Mind:" not in done.stdout
+
+
+def test_explain_says_why_a_reply_has_no_record(scripted: Server):
+    done = sglang_deepprune("explain", "-", said=json.dumps(scripted.generate("x", n=1)))
+    assert done.returncode == 1 and "this reply has no record" in done.stderr
+    outputs = scripted.generate(DECIDE, n=2, max_new_tokens=4, custom_params={"deepprune": False})
+    done = sglang_deepprune("explain", "-", said=json.dumps(outputs))
+    assert done.returncode == 0 and "no group: switched off by request" in done.stdout
+
+
+def test_doctor_finds_a_live_server_well_and_tells_its_settings(scripted: Server):
+    done = sglang_deepprune("doctor", "--json", "--url", scripted.url)
+    body = json.loads(done.stdout)
+    findings = {one["check"]: (one["state"], one["sentence"]) for one in body["findings"]}
+    assert done.returncode == 0 and body["faults"] == 0, findings
+    assert findings["plugin"][0] == findings["judge"][0] == findings["request"][0] == "ok"
+    assert body["server"]["settings"]["deepprune_window"] == 8
+    assert "window=8" in findings["settings"][1]
+    (rank,) = body["server"]["ranks"]
+    assert (rank["judge_state"], rank["faults"]) == ("ready", [])
+    assert body["server"]["record"]["size"] == 2
+    info = scripted.get("/server_info")
+    assert "_deepprune" not in info["internal_states"][0]
+    assert "token" not in info["internal_states"][0]["deepprune"]
 
 
 def test_our_tables_are_empty_when_nothing_is_live(scripted: Server):

@@ -113,6 +113,14 @@ def test_a_group_without_a_record_says_why():
     assert record["active"] is False and record["reason"] == "aborted before it was settled"
 
 
+def test_a_group_that_was_given_up_is_not_called_aborted():
+    """After a fault of ours siblings end by themselves, and nobody brings a record."""
+    shaped = output.Reply(3, [ask()]).whole([reply(0), reply(1), reply(2)], SimpleNamespace())
+    record = shaped[0]["meta_info"]["deepprune"]["group"]
+    assert record["active"] is False and "error of the plugin's own" in record["reason"]
+    assert [one["meta_info"]["deepprune"]["choice"]["state"] for one in shaped] == ["finished"] * 3
+
+
 def test_unpack_takes_our_json_out_of_the_finish_reason():
     meta: dict[str, Any] = {}
     reason = {"type": "stop", "deepprune": json.dumps({"choice": {}, "group": {"winner": 1}})}
