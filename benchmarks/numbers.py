@@ -132,6 +132,7 @@ def bystanders() -> Line:
 def lines() -> Iterator[Line]:
     yield recorded(16, "balanced")
     yield recorded(64, "balanced")
+    yield recorded(64, "faithful")
     yield recorded(64, "economy")
     yield served("serving_64", "all64-real", "full")
     yield served("serving", "all16-real", "full")
