@@ -87,6 +87,22 @@ def test_grafana_asks_the_prometheus_of_the_file(services: dict[str, Any]):
     assert places[provider["options"]["path"]] == "../docs/grafana"
 
 
+def test_the_dashboards_find_the_data_source():
+    (source,) = load("grafana/datasource.yml")["datasources"]
+    boards = sorted((ROOT / "docs" / "grafana").glob("*.json"))
+    assert boards
+    for board in boards:
+        text = board.read_text()
+        choosers = {
+            f"${{{one['name']}}}"
+            for one in json.loads(text)["templating"]["list"]
+            if one["type"] == "datasource" and one["query"] == source["type"]
+        }
+        # By a variable, which takes the default, or by the very name.
+        found = set(re.findall(r'"type": "prometheus",\s*"uid": "([^"]+)"', text))
+        assert found and found <= {source["uid"], *choosers} and source["isDefault"]
+
+
 def test_what_is_mounted_exists_and_cannot_be_written(services: dict[str, Any]):
     names = load("compose.yaml")["volumes"]
     for service in services.values():
