@@ -3,12 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SGLANG := sglang==0.5.23
 BIN := .venv/bin
 STAMP := .venv/.set-up
+TOOLS := .venv-tools/bin
+TOOLS_STAMP := .venv-tools/.set-up
 
 # torch's threads spin: more than one per process starves the server on a small machine.
 CPU_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .PHONY: venv demo test test-full lint format bench bench-frontier bench-serving kernels-report \
-	bench-kernels dist-check clean
+	bench-kernels dist-check pins-check docs deploy-lint clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -63,6 +65,24 @@ bench-kernels: venv
 dist-check: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/dist_check.sh
 
+# Needs the package index: what pip would move beside each SGLang of the window.
+pins-check: $(TOOLS_STAMP)
+	PATH="$(CURDIR)/$(TOOLS):$$PATH" scripts/pins_check.sh
+
+# The pages of docs/ as a site in build/site; a broken link fails it (not with --quiet: it hides warnings
+# from --strict, too).
+docs: $(TOOLS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/mkdocs build --strict
+
+deploy-lint: $(TOOLS_STAMP)
+	PATH="$(CURDIR)/$(TOOLS):$$PATH" scripts/deploy_lint.sh
+
+# Beside .venv, so that a tool moves none of its pins.
+$(TOOLS_STAMP): scripts/tools/requirements.txt
+	@$(TOOLS)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-tools
+	@$(TOOLS)/python -m pip install --quiet --no-deps --requirement $<
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tools build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
