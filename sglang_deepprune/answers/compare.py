@@ -23,6 +23,7 @@ from sglang_deepprune.answers.shapes import Equation, Many, Matrix, Named, Nothi
 from sglang_deepprune.answers.shapes import read as read_shapes
 
 _MAX_NESTING = 4
+_CHARS_A_PAIR = 64  # more of them are more work
 _LETTER = re.compile(r"\(?([A-Ja-j])\)?")
 _LABELLED = re.compile(r"\(([A-J])\) ?\S.*|([A-J])\) ?\S.*", re.DOTALL)
 
@@ -33,18 +34,26 @@ class Rules:
 
     expressions: Comparer
     equations: Callable[[Equation, Equation], Decision]
-    # Pairs of members looked at for one decision: nested sets would otherwise cost seconds.
-    max_pairs: int = 400
+    # Work of one decision, in pairs of short texts (about 50 microseconds): nested sets would
+    # otherwise cost seconds.
+    max_work: int = 400
     # Characters of an answer's canonical form that are read at all; longer ones are the fence's.
     max_chars: int = 600
 
 
-def compare(a: str, b: str) -> bool | None:
+@dataclass(slots=True)
+class Allowance:
+    """Work that several decisions may share; what is not decided within it is not decided."""
+
+    left: int
+
+
+def compare(a: str, b: str, allowance: Allowance | None = None) -> bool | None:
     """True or False when that is certain, None when only the slow path can tell. Symmetric."""
-    return decide(a, b, FAST)
+    return decide(a, b, FAST, allowance)
 
 
-def decide(a: str, b: str, rules: Rules) -> Decision:
+def decide(a: str, b: str, rules: Rules, allowance: Allowance | None = None) -> Decision:
     """Canonical forms first, then every pair of readings."""
     left, right = sorted((canonical(a), canonical(b)))
     if left == right:
@@ -54,7 +63,12 @@ def decide(a: str, b: str, rules: Rules) -> Decision:
     if max(len(left), len(right)) > rules.max_chars:
         return None
     left, right = _labels(left, right)
-    return _match_texts(left, right, _Work(rules.expressions, rules.equations, rules.max_pairs), 0)
+    granted = rules.max_work if allowance is None else min(rules.max_work, allowance.left)
+    work = _Work(rules.expressions, rules.equations, granted)
+    decision = _match_texts(left, right, work, 0)
+    if allowance is not None:
+        allowance.left -= granted - max(0, work.num_left)
+    return decision
 
 
 @dataclass(slots=True)
@@ -79,7 +93,7 @@ def _labels(left: str, right: str) -> tuple[str, str]:
 def _match_texts(a: str, b: str, work: _Work, depth: int) -> Decision:
     if a == b:
         return True
-    work.num_left -= 1
+    work.num_left -= 1 + (len(a) + len(b)) // _CHARS_A_PAIR
     if depth > _MAX_NESTING or work.num_left < 0:
         return None
     return _any(match(x, y, work, depth) for x in read_shapes(a) for y in read_shapes(b))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-MAX_CHARS = 4_096
+MAX_CHARS = 2_048
 
 
 def words(text: str) -> list[str]:
