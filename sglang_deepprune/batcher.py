@@ -26,6 +26,7 @@ from sglang_deepprune.clustering import JudgeError, Placed, checked, placing
 from sglang_deepprune.types import JudgeResult, JudgeTask, Pair
 
 MAX_CHUNK_TOKENS = 65_536  # of the pairs that groups side by side may ask about
+_PATIENCE = 1.6  # times the budget, after which a task that still asks has no verdict
 _KEPT_RATE = 0.5  # of the old rate, when a chunk has told a new one
 
 
@@ -81,6 +82,12 @@ class Batcher:
         for run in runs:
             run.begin()
         while asking := [run for run in runs if run.asked]:
+            if time.monotonic() - start > _PATIENCE * self.budget_s:
+                # A client chooses how much is compared: it must not cost the process, which ends
+                # at the deadline, nor after a few of these everybody the judge.
+                for run in asking:
+                    run.give_up()
+                break
             self._round(asking)
         spent_s = time.monotonic() - start
         if any(run.num_asked for run in runs) and spent_s > 0:
@@ -137,6 +144,9 @@ class _Run:
     def learn(self, scores: list[float], spent_s: float) -> None:
         self.spent_s += spent_s
         self._go(scores)
+
+    def give_up(self) -> None:
+        self.asked, self.error = [], "JudgeError: more comparisons than its time allows"
 
     def _go(self, scores: list[float] | None) -> None:
         start = time.monotonic()

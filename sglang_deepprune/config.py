@@ -62,9 +62,9 @@ class ConfigError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """How an error names a value: a number or a word as it is, all else by its kind.
+    """How an error names a value: a number as it is, all else by its kind.
 
-    Errors go into SGLang's log, where no prose of a request belongs, and into a JSON reply, which
+    Errors go into SGLang's log, where no text of a request belongs, and into a JSON reply, which
     takes neither half a surrogate pair nor a number of a million digits. Never raises.
     """
     if value is None or isinstance(value, bool):
@@ -75,7 +75,7 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, str):
-        return repr(value) if _WORD.fullmatch(value) else f"a text of {len(value)} characters"
+        return f"a text of {len(value)} characters"
     kinds = {dict: "an object", list: "a list"}
     return kinds.get(type(value), f"a {type(value).__name__}")
 

@@ -46,6 +46,9 @@ HOLD_LIMIT_S = 2.0  # the longest that a finished group's last output waits for 
 READ_TOKENS = 4096  # that one decode step decodes for the judge, about 3 ms; the rest follows
 MOST_CUTS = 8  # traces that one decode step cuts
 JUDGED_CHARS = 16_000_000  # of a group's traces: each window hands all of them over, 8 ms to pack
+MOST_MEMBERS = 4096  # of an open-ended group; whoever comes later is a plain request
+MOST_AWAITED = 65_536  # siblings of all client-side groups: one request may announce thousands
+ANSWER_TAIL_CHARS = 32_768  # a token may be a run of a hundred spaces
 ANSWER_TAIL_TOKENS = 2048  # an answer stands at a trace's end; decoding more would cost a step
 
 
@@ -79,6 +82,7 @@ Action = Stop | Start | Fork
 Item = TypeVar("Item")
 
 _PROMPT_TOKENS = 2048  # about a millisecond to decode, once a group
+_PROMPT_CHARS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,7 @@ class Coordinator:
         warm_up(config)
         self._epoch = 0
         self._num_renewals = 0
+        self._num_awaited = 0  # see MOST_AWAITED
         self._next_read = ""  # the group at which the last step ran out of tokens to read
         self._asked: dict[int, FenceResult] = {}  # fence ticket -> the question, unanswered
         self._failed: list[Command] = []  # what could not even be asked
@@ -178,7 +183,8 @@ class Coordinator:
         starts_in_reasoning: bool = False,
         prompt_ids: Sequence[int] = (),
     ) -> Admission | None:
-        """A sibling arrives. None: its group was abandoned, or is over: it is a plain request.
+        """A sibling arrives. None: its group was abandoned, is over or full, or there are too many
+        of them: it is a plain request.
 
         `starts_in_reasoning`: the prompt has opened the think block, so a trace without marks is
         all thinking. `prompt_ids`: read once a group, if a judge asks for its text.
@@ -188,6 +194,10 @@ class Coordinator:
             return None
         if run is not None and run.over_s is not None:
             return None  # its last output waits for the fence alone
+        if run is not None and not run.group.size and len(run.group.siblings) >= MOST_MEMBERS:
+            return None
+        if run is None and index == ABSENT and self._num_awaited + size > MOST_AWAITED:
+            return None
         if run is None:
             run = self._open(group_id, index, size, settings, max_new_tokens)
             run.starts_in_reasoning = starts_in_reasoning
@@ -212,7 +222,7 @@ class Coordinator:
     def _prompt(self, prompt_ids: Sequence[int]) -> str:
         """What a judge reads of a prompt: its end, where options and the question stand."""
         try:
-            return self.read(prompt_ids[-_PROMPT_TOKENS:])
+            return self.read(prompt_ids[-_PROMPT_TOKENS:])[-_PROMPT_CHARS:]
         except (OverflowError, TypeError, IndexError):
             return ""  # an image's ids are hashes, beyond any vocabulary
 
@@ -223,6 +233,7 @@ class Coordinator:
         group = Group(group_id, size, self.config.override(settings), epoch=self._epoch)
         group.is_closed = size > 0
         run = Run(group, max_tokens, is_client_side=index == ABSENT)
+        self._num_awaited += size if run.is_client_side else 0
         self.runs[group_id] = run
         return run
 
@@ -260,7 +271,7 @@ class Coordinator:
         sibling, group = run.group.siblings[index], run.group
         sibling.doom = None
         sibling.num_tokens = len(output_ids)
-        text = self.decode(output_ids[-ANSWER_TAIL_TOKENS:])
+        text = self.decode(output_ids[-ANSWER_TAIL_TOKENS:])[-ANSWER_TAIL_CHARS:]
         found = extract(
             text,
             is_cut=is_cut,
@@ -468,7 +479,9 @@ class Coordinator:
 
     def forget(self, group_id: str) -> None:
         """The group is gone; whatever is still asked for it is asked no more."""
-        self.runs.pop(group_id, None)
+        run = self.runs.pop(group_id, None)
+        if run is not None and run.is_client_side:
+            self._num_awaited -= run.group.size
         if self.judge is not None:
             self.judge.drop(group_id)
         stale = [ticket for ticket, one in self._asked.items() if one.group_id == group_id]
