@@ -14,7 +14,7 @@ import hashlib
 import json
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,7 +187,7 @@ def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any
 def _client_side_tag(self: Any, tokenized_obj: Any) -> dict[str, Any] | None:
     """The tag of a single request that names a group of its own, or None."""
     custom = getattr(tokenized_obj.sampling_params, "custom_params", None)
-    if not wire.is_named(custom) or wire.KEY not in custom:
+    if not isinstance(custom, Mapping) or wire.KEY not in custom:
         return None
     config = config_of(self.server_args)
     assert config is not None

@@ -6,8 +6,8 @@ Judges and the answer fence run in such children because a thread would hold the
 and because a hung sympy call can only be ended by killing its process.
 
 The child runs `module:factory(*args)`, which loads whatever it needs and returns the function
-that answers requests. What crosses the border is pickled plain data between our own processes; a child
-that has gone mad can still neither run code in its parent, nor fill its memory, nor keep it busy.
+that answers requests. What crosses the border is pickled plain data between our own processes. A
+child that has gone mad can neither run code in its parent, nor fill its memory, nor keep it busy.
 """
 
 from __future__ import annotations

@@ -76,8 +76,9 @@ def shown(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, str):
         return f"a text of {len(value)} characters"
-    kinds = {dict: "an object", list: "a list"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
+    if isinstance(value, dict):
+        return "an object"
+    return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
 
 
 def checked_text(name: str, value: Any) -> str:

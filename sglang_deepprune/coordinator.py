@@ -501,9 +501,7 @@ class Coordinator:
         if run.group.is_over and run.group.tally.is_settled:
             self.forget(run.group.group_id)
 
-    def _read_traces(
-        self, run: Run, outputs: Mapping[int, Sequence[int]], left: int
-    ) -> int:
+    def _read_traces(self, run: Run, outputs: Mapping[int, Sequence[int]], left: int) -> int:
         """Cut what has become long enough, and what has ended, as far as `left` tokens go.
 
         Returns what is left of them. Each step begins where the last one ended, in the group and

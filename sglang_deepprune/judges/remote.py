@@ -195,7 +195,7 @@ class RemoteJudge:
             if not isinstance(model, dict) or not isinstance(server, dict):
                 raise JudgeError("the judge's server does not say what it serves")
             limit = server.get("context_length")
-            if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit:
+            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
                 limit = _MOST_TOKENS
             source = self._tokenizer or str(model.get("tokenizer_path", ""))
             self._prompts = _writer(source, min(limit, _MOST_TOKENS))
