@@ -122,7 +122,7 @@ class _SettledCut:
     def advance(self, output_ids: Sequence[int], most: int | None = None) -> CutPoint | None:
         if self._point is None:
             self.is_behind = False
-            self._share = math.inf if most is None else self.num_decoded + most
+            self._share = math.inf if most is None else self.num_decoded + max(1, most)
             self._step(output_ids, is_final=False)
             self._share = math.inf
         return self._point
