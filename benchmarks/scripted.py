@@ -80,7 +80,8 @@ def note(original: Callable[..., Any], self: Any, req: Any, is_retracted: bool =
     prompt = tuple(req.origin_input_ids)
     tokens = _scripts.get(prompt)
     if tokens and req.rid not in _by_rid and req.sampling_params.max_new_tokens:
-        tag = (req.sampling_params.custom_params or {}).get("__deepprune") or {}
+        custom = req.sampling_params.custom_params
+        tag = (custom.get("__deepprune") if isinstance(custom, dict) else None) or {}
         index = tag.get("index", -1)
         if index < 0:
             index = _arrivals[prompt]

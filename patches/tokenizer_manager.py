@@ -13,11 +13,12 @@ import copy
 import hashlib
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable
+from array import array
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_deepprune.config import ConfigError
+from sglang_deepprune.config import ConfigError, DeepPruneConfig
 from sglang_deepprune.patches import output, wire
 from sglang_deepprune.patches.ranks import RankBook, rank_of_name
 from sglang_deepprune.patches.server_args import config_of, token_of
@@ -118,7 +119,7 @@ def _fan_of(self: Any, obj: Any) -> Fan | None:
     params = obj.sampling_params
     # SGLang has made bs * n entries of them by now, and reads the first bs.
     each = params[: obj.batch_size] if isinstance(params, list) else [params] * obj.batch_size
-    asks = [wire.read_ask(config, (one or {}).get("custom_params")) for one in each]
+    asks = _asks_of(config, each)
     for index, (ask, one) in enumerate(zip(asks, each, strict=True)):
         if ask.group:
             raise ConfigError("group", "an n>1 request is a group of its own; send n=1 requests")
@@ -133,6 +134,17 @@ def _fan_of(self: Any, obj: Any) -> Fan | None:
     fan.group_ids = [uuid.uuid4().hex for _ in range(obj.batch_size)]
     fan.ranks = [None] * obj.batch_size
     return fan
+
+
+def _asks_of(config: DeepPruneConfig, each: list[Any]) -> list[wire.Ask]:
+    """What is asked for each prompt; once for all of them where they share one object."""
+    asks: list[wire.Ask] = []
+    for place, one in enumerate(each):
+        if place and one is each[place - 1]:
+            asks.append(asks[-1])
+        else:
+            asks.append(wire.read_ask(config, (one or {}).get("custom_params")))
+    return asks
 
 
 def _is_session(obj: Any) -> bool:
@@ -165,7 +177,7 @@ def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any
         if rank is not None and tokenized_obj.routed_dp_rank is None:
             tokenized_obj.routed_dp_rank = rank
         custom = getattr(params, "custom_params", None)
-        if tagged is not None or (custom and (wire.KEY in custom or wire.TAG in custom)):
+        if tagged is not None or wire.is_named(custom):
             # The n siblings share one SamplingParams object in this process: tag a copy.
             tokenized_obj.sampling_params = params = copy.copy(params)
             params.custom_params = wire.with_tag(custom, tagged)
@@ -175,7 +187,7 @@ def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any
 def _client_side_tag(self: Any, tokenized_obj: Any) -> dict[str, Any] | None:
     """The tag of a single request that names a group of its own, or None."""
     custom = getattr(tokenized_obj.sampling_params, "custom_params", None)
-    if not custom or wire.KEY not in custom:
+    if not isinstance(custom, Mapping) or wire.KEY not in custom:
         return None
     config = config_of(self.server_args)
     assert config is not None
@@ -199,13 +211,19 @@ def _scoped(ask: wire.Ask, tokenized_obj: Any) -> str:
         ask.group,
         ask.size,
         sorted(ask.settings.items()),
-        list(tokenized_obj.input_ids or ()),
+        _digest(tokenized_obj.input_ids),
         [repr(getattr(params, name, None)) for name in names],
         repr(getattr(tokenized_obj, "cache_salt", None)),
         repr(getattr(tokenized_obj, "extra_key", None)),
         repr(getattr(tokenized_obj, "lora_id", None)),
     ]
     return "c" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:31]
+
+
+def _digest(input_ids: Any) -> str:
+    """Of a prompt's token ids; a long prompt costs the event loop no longer than a copy of it."""
+    ids = array("q", [] if input_ids is None else input_ids)
+    return hashlib.sha256(ids.tobytes()).hexdigest()
 
 
 def wait_one_response(

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_deepprune.config import ConfigError, DeepPruneConfig
+from sglang_deepprune.config import ConfigError, DeepPruneConfig, checked_text, shown
 
 TAG = "__deepprune"  # ours, on the wire
 KEY = "deepprune"  # the users': request settings, and the reply's extension
 MOST_SIBLINGS = 4096
+_MOST_SETTINGS = 64  # names in one request: more than there are
 
 _IDENTITY = ("gid", "index", "size", "rid", "token")
 
@@ -33,25 +34,29 @@ class Ask:
     returns: str = "all"
 
 
-def read_ask(config: DeepPruneConfig, custom_params: Mapping[str, Any] | None) -> Ask:
-    """Check a request's settings. Raises ConfigError naming the field (a 400 for the client)."""
-    asked = (custom_params or {}).get(KEY)
+def read_ask(config: DeepPruneConfig, custom_params: Any) -> Ask:
+    """Check a request's settings. Raises ConfigError naming the field (a 400 for the client).
+
+    `custom_params` is whatever the client sent: SGLang does not look at it, and passes it on.
+    """
+    asked = custom_params.get(KEY) if isinstance(custom_params, Mapping) else None
     if asked is None:
         return Ask(is_wanted=config.default == "on", is_explicit=False, returns=config.returns)
     if isinstance(asked, bool):
         return Ask(is_wanted=asked, is_explicit=True, returns=config.returns)
     if not isinstance(asked, Mapping):
-        raise ConfigError("custom_params", f"expected an object or true/false, got {asked!r}")
+        reason = f"{KEY} must be an object, true or false, got {shown(asked)}"
+        raise ConfigError("custom_params", reason)
+    if len(asked) > _MOST_SETTINGS:
+        raise ConfigError("custom_params", f"{len(asked)} settings; there are not so many")
     settings = dict(asked)
     enabled = settings.pop("enabled", True)
     if not isinstance(enabled, bool):
-        raise ConfigError("enabled", f"expected true or false, got {enabled!r}")
-    group = settings.pop("group", "")
-    if not isinstance(group, str) or len(group) > 256:
-        raise ConfigError("group", "expected a text of at most 256 characters")
+        raise ConfigError("enabled", f"expected true or false, got {shown(enabled)}")
+    group = checked_text("group", settings.pop("group", ""))
     size = settings.pop("size", 0)
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_SIBLINGS:
-        raise ConfigError("size", f"expected 0 (open-ended) to {MOST_SIBLINGS}, got {size!r}")
+        raise ConfigError("size", f"expected 0 (open-ended) to {MOST_SIBLINGS}, got {shown(size)}")
     if size and not group:
         raise ConfigError("size", "names the members of a `group`; an n>1 request has n of them")
     merged = config.override(settings)
@@ -67,9 +72,14 @@ def tag(
     }  # fmt: skip
 
 
-def is_ours(custom_params: Mapping[str, Any] | None, token: str) -> bool:
+def is_named(custom_params: Any) -> bool:
+    """Whether a request holds a key of ours, whoever wrote it."""
+    return isinstance(custom_params, Mapping) and (KEY in custom_params or TAG in custom_params)
+
+
+def is_ours(custom_params: Any, token: str) -> bool:
     """Whether a request carries a tag of this server. A client may write anything in there."""
-    tagged = (custom_params or {}).get(TAG)
+    tagged = custom_params.get(TAG) if isinstance(custom_params, Mapping) else None
     return isinstance(tagged, Mapping) and tagged.get("token") == token
 
 
@@ -78,9 +88,10 @@ def settings_of(tagged: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in tagged.items() if name not in _IDENTITY}
 
 
-def with_tag(custom_params: Mapping[str, Any] | None, tagged: dict[str, Any] | None) -> Any:
+def with_tag(custom_params: Any, tagged: dict[str, Any] | None) -> Any:
     """The caller's own keys untouched, ours replaced by the tag; None where nothing is left."""
-    kept = {name: value for name, value in (custom_params or {}).items() if name not in (KEY, TAG)}
+    own = custom_params if isinstance(custom_params, Mapping) else {}
+    kept = {name: value for name, value in own.items() if name not in (KEY, TAG)}
     if tagged is not None:
         kept[TAG] = tagged
     return kept or None

@@ -26,6 +26,7 @@ from sglang_deepprune.clustering import JudgeError, Placed, checked, placing
 from sglang_deepprune.types import JudgeResult, JudgeTask, Pair
 
 MAX_CHUNK_TOKENS = 65_536  # of the pairs that groups side by side may ask about
+_PATIENCE = 1.8  # times the budget, half the deadline: who still asks then has no verdict
 _KEPT_RATE = 0.5  # of the old rate, when a chunk has told a new one
 
 
@@ -55,14 +56,15 @@ class Batcher:
         """
         if ended and hasattr(self.judge, "forget"):
             self.judge.forget(ended)
-        end = time.monotonic() + self.budget_s
+        begin = time.monotonic()
+        end, stop = begin + self.budget_s, begin + _PATIENCE * self.budget_s
         results: list[JudgeResult] = []
         while len(results) < len(tasks):
             left_s = end - time.monotonic()
             if results and left_s <= 0:
                 break
             chunk = self._chunk(tasks[len(results) :], left_s)
-            results += self._answer(chunk)
+            results += self._answer(chunk, stop)
         return results
 
     def _chunk(self, tasks: Sequence[JudgeTask], left_s: float) -> Sequence[JudgeTask]:
@@ -75,12 +77,18 @@ class Batcher:
             count, used = count + 1, used + more
         return tasks[:count]
 
-    def _answer(self, tasks: Sequence[JudgeTask]) -> list[JudgeResult]:
+    def _answer(self, tasks: Sequence[JudgeTask], stop_s: float) -> list[JudgeResult]:
         start = time.monotonic()
         runs = [_Run(task) for task in tasks]
         for run in runs:
             run.begin()
         while asking := [run for run in runs if run.asked]:
+            if time.monotonic() > stop_s:
+                # A client chooses how much is compared: it must not cost the process, which ends
+                # at the deadline, nor after a few of these everybody the judge.
+                for run in asking:
+                    run.give_up()
+                break
             self._round(asking)
         spent_s = time.monotonic() - start
         if any(run.num_asked for run in runs) and spent_s > 0:
@@ -137,6 +145,9 @@ class _Run:
     def learn(self, scores: list[float], spent_s: float) -> None:
         self.spent_s += spent_s
         self._go(scores)
+
+    def give_up(self) -> None:
+        self.asked, self.error = [], "JudgeError: more comparisons than its time allows"
 
     def _go(self, scores: list[float] | None) -> None:
         start = time.monotonic()

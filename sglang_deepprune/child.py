@@ -6,7 +6,8 @@ Judges and the answer fence run in such children because a thread would hold the
 and because a hung sympy call can only be ended by killing its process.
 
 The child runs `module:factory(*args)`, which loads whatever it needs and returns the function
-that answers requests. What crosses the border is pickled plain data between our own processes.
+that answers requests. What crosses the border is pickled plain data between our own processes. A
+child that has gone mad can neither run code in its parent, nor fill its memory, nor keep it busy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import io
 import os
 import pickle
 import signal
@@ -28,6 +30,8 @@ from typing import Any
 
 _HEADER = struct.Struct("!Q")
 _READ_BYTES = 1 << 20
+_MOST_READ_BYTES = 4 << 20  # in one poll: whoever writes without end does not keep the parent there
+_MOST_REPLY_BYTES = 64 << 20
 _PR_SET_PDEATHSIG = 1
 
 
@@ -184,10 +188,14 @@ class Child:
 
     def _fill(self) -> None:
         assert self._socket is not None
+        most = len(self._in) + _MOST_READ_BYTES
         try:
-            while chunk := self._socket.recv(_READ_BYTES):
+            while len(self._in) < most:
+                chunk = self._socket.recv(_READ_BYTES)
+                if not chunk:
+                    self._failure = self._failure or "the child has ended"
+                    return
                 self._in += chunk
-            self._failure = self._failure or "the child has ended"
         except BlockingIOError:
             return
         except OSError as error:
@@ -197,12 +205,29 @@ class Child:
         if len(self._in) < _HEADER.size:
             return None
         (size,) = _HEADER.unpack_from(self._in)
+        if size > _MOST_REPLY_BYTES:
+            self._failure = "the child's reply is too long"
+            return None
         if len(self._in) < _HEADER.size + size:
             return None
         body = bytes(self._in[_HEADER.size : _HEADER.size + size])
         del self._in[: _HEADER.size + size]
-        value, error = pickle.loads(body)
-        return Reply(value=value, error=error)
+        try:
+            value, error = _Plain(io.BytesIO(body)).load()
+        except Exception:  # a broken pickle raises nearly anything
+            self._failure = "the child's reply is not readable"
+            return None
+        return Reply(value=value, error=None if error is None else str(error))
+
+
+class _Plain(pickle.Unpickler):
+    """Reads plain data and the frozen classes of `types`; no other name is looked up, so nothing
+    that a child sends is ever called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module != "sglang_deepprune.types" or "." in name:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
 
 
 def _read(stream: socket.socket, size: int) -> bytes:

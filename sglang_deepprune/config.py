@@ -8,16 +8,22 @@ table of docs/design.md; a preset fills only fields that the caller left unset (
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 CUTS = ("tokens", "words")
 RETURNS = ("all", "survivors", "vote")
 FLAG_PREFIX = "deepprune"
+
+MOST_CHARS = 256  # of a text in a request
+MOST_CUT_TOKENS = 16_384  # about 8 ms to decode, in one step of the engine
+_WORD = re.compile(r"[\w.:+-]{1,40}", re.ASCII)
 
 ATTENTIONS = ("triton", "flashinfer")
 ADMISSIONS = ("lazy", "eager")
@@ -54,6 +60,36 @@ class ConfigError(ValueError):
         self.field = name
         self.reason = reason
         super().__init__(f"deepprune.{name}: {reason}")
+
+
+def shown(value: Any) -> str:
+    """How an error names a value: a number as it is, all else by its kind.
+
+    Errors go into SGLang's log, where no text of a request belongs, and into a JSON reply, which
+    takes neither half a surrogate pair nor a number of a million digits. Never raises.
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        size = value.bit_length()
+        return str(value) if size <= 64 else f"a whole number of {size} bits"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str):
+        return f"a text of {len(value)} characters"
+    if isinstance(value, dict):
+        return "an object"
+    return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
+
+
+def checked_text(name: str, value: Any) -> str:
+    """A text that a request may send, or ConfigError: short, and whole characters alone, because
+    it goes on to other processes as UTF-8."""
+    if not isinstance(value, str):
+        raise ConfigError(name, f"expected a text, got {shown(value)}")
+    if len(value) > MOST_CHARS or any("\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(name, f"expected a text of at most {MOST_CHARS} whole characters")
+    return value
 
 
 def _setting(
@@ -125,11 +161,11 @@ class DeepPruneConfig:
         25, "k: reasoning words that end the cut 'words'.", low=1, high=1000, kind=int
     )
     cut_tokens: int = _setting(
-        500, "k: tokens that end the cut 'tokens'.", low=1, high=131072, kind=int
+        500, "k: tokens that end the cut 'tokens'.", low=1, high=MOST_CUT_TOKENS, kind=int
     )
     cut_max_tokens: int = _setting(
         4096, "Bound on the cut 'words' for traces that hold few reasoning words.",
-        low=1, high=131072, kind=int,
+        low=1, high=MOST_CUT_TOKENS, kind=int,
     )  # fmt: skip
     reasoning_words: str = _setting(
         "", "Comma-separated reasoning words to count beside the built-in list.", scope="server"
@@ -295,14 +331,17 @@ class DeepPruneConfig:
     def override(self, settings: Mapping[str, Any]) -> DeepPruneConfig:
         """This config with a request's settings. Raises ConfigError naming the field."""
         known = request_fields()
-        changes: dict[str, Any] = {}
+        changed = copy.copy(self)
         for name, value in settings.items():
             if name not in known:
-                server = {key_of(f) for f in setting_fields()}
-                why = "can only be set at server start" if name in server else "unknown setting"
-                raise ConfigError(name, f"{why}; a request may set {', '.join(sorted(known))}")
-            changes[known[name].name] = value
-        return dataclasses.replace(self, **changes)
+                raise _unknown(name)
+            spec = known[name]
+            if value is None and spec.default is not None:
+                raise ConfigError(name, "expected a value, got null")
+            if value is not None:
+                value = _checked(spec, value)
+            object.__setattr__(changed, spec.name, value)  # ours alone so far
+        return changed
 
     def request_values(self) -> dict[str, Any]:
         """The request-scope settings as scalars, for the wire; unset ones are left out."""
@@ -323,6 +362,7 @@ def key_of(spec: dataclasses.Field[Any]) -> str:
     return spec.metadata["key"] or spec.name
 
 
+@cache
 def request_fields() -> dict[str, dataclasses.Field[Any]]:
     """User-facing name -> field, for the settings that a request may override."""
     return {key_of(spec): spec for spec in setting_fields() if spec.metadata["scope"] == "request"}
@@ -356,28 +396,41 @@ def settings_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _unknown(name: object) -> ConfigError:
+    """For a setting that no request can make."""
+    allowed = ", ".join(sorted(request_fields()))
+    if not isinstance(name, str) or not _WORD.fullmatch(name):
+        reason = f"unknown setting ({shown(name)}); a request may set {allowed}"
+        return ConfigError("custom_params", reason)
+    is_known = name in {key_of(spec) for spec in setting_fields()}
+    why = "can only be set at server start" if is_known else "unknown setting"
+    return ConfigError(name, f"{why}; a request may set {allowed}")
+
+
 def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
     """The value in its field's type, or ConfigError."""
     kind, name = spec.metadata["kind"], key_of(spec)
     if kind is bool:
         if not isinstance(value, bool):
-            raise ConfigError(name, f"expected true or false, got {value!r}")
+            raise ConfigError(name, f"expected true or false, got {shown(value)}")
         return value
     if kind is int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(name, f"expected a whole number, got {value!r}")
+            raise ConfigError(name, f"expected a whole number, got {shown(value)}")
     elif kind is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-            raise ConfigError(name, f"expected a number, got {value!r}")
-        value = float(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise ConfigError(name, f"expected a number, got {shown(value)}")
     elif not isinstance(value, str):
-        raise ConfigError(name, f"expected a text, got {value!r}")
+        raise ConfigError(name, f"expected a text, got {shown(value)}")
     choices = spec.metadata["choices"]
     if choices and value not in choices:
-        raise ConfigError(name, f"expected one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(name, f"expected one of {', '.join(choices)}, got {shown(value)}")
     low, high = spec.metadata["low"], spec.metadata["high"]
+    # Before it becomes a float: a whole number may be too large for one.
     if low is not None and not low <= value <= high:
-        raise ConfigError(name, f"expected {low:g} to {high:g}, got {value!r}")
-    return value
+        raise ConfigError(name, f"expected {low:g} to {high:g}, got {shown(value)}")
+    if kind is str and not choices and spec.metadata["scope"] == "request":
+        return checked_text(name, value)
+    return float(value) if kind is float else value

@@ -15,17 +15,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang_deepprune import policy, tau
 from sglang_deepprune.answers import Fence, extract
-from sglang_deepprune.config import DeepPruneConfig
+from sglang_deepprune.config import MOST_CUT_TOKENS, DeepPruneConfig
 from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.judging import JudgeWorker
 from sglang_deepprune.metrics import GROUPS, VERDICT_LATENCY, Meter, Reason, count_group
 from sglang_deepprune.probing import ProbeDesk, box_end, read
 from sglang_deepprune.record import choice_of, record_of
-from sglang_deepprune.truncation import Cut, make_cut
+from sglang_deepprune.truncation import CUT_SLACK, Cut, make_cut, warm_up
 from sglang_deepprune.types import (
     ABSENT,
     ChoiceRecord,
@@ -44,7 +44,12 @@ logger = logging.getLogger(__name__)
 
 Command = JudgeResult | FenceResult | Close | Expire | Probe
 HOLD_LIMIT_S = 2.0  # the longest that a finished group's last output waits for the fence
-MOST_CUTS = 8  # traces that one decode step cuts and decodes; the others follow in the next ones
+READ_TOKENS = 4096  # that one decode step decodes for the judge, about 3 ms; the rest follows
+MOST_CUTS = 8  # traces that one decode step cuts
+JUDGED_CHARS = 16_000_000  # of a group's traces: each window hands all of them over, 8 ms to pack
+MOST_MEMBERS = 4096  # of an open-ended group; whoever comes later is a plain request
+MOST_AWAITED = 65_536  # siblings of all client-side groups: one request may announce thousands
+ANSWER_TAIL_CHARS = 32_768  # a token may be a run of a hundred spaces
 ANSWER_TAIL_TOKENS = 2048  # an answer stands at a trace's end; decoding more would cost a step
 
 
@@ -75,8 +80,10 @@ class Fork:
 
 
 Action = Stop | Start | Fork
+Item = TypeVar("Item")
 
 _PROMPT_TOKENS = 2048  # about a millisecond to decode, once a group
+_PROMPT_CHARS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,9 @@ class Run:
     prompt: str = ""  # what a judge may read of it
     cuts: dict[int, Cut] = field(default_factory=dict)
     traces: dict[int, Trace] = field(default_factory=dict)  # truncated, one a judged sibling
+    unread: dict[int, list[int]] = field(default_factory=dict)  # ids of ended ones, not cut yet
+    next_read: int = 0  # the sibling at which reading goes on
+    num_chars: int = 0  # of the traces
     in_flight: frozenset[int] = frozenset()  # siblings of the task that the judge has now
     asked_s: float = 0.0  # when it was handed over
     over_s: float | None = None  # since when its last output waits for the fence
@@ -147,8 +157,11 @@ class Coordinator:
         self.clock = clock
         self.meter = meter or Meter()  # one that counts is the leader's only
         self.runs: dict[str, Run] = {}
+        warm_up(config)
         self._epoch = 0
         self._num_renewals = 0
+        self._num_awaited = 0  # see MOST_AWAITED
+        self._next_read = ""  # the group at which the last step ran out of tokens to read
         self._asked: dict[int, FenceResult] = {}  # fence ticket -> the question, unanswered
         self._failed: list[Command] = []  # what could not even be asked
         self._abandoned: deque[str] = deque(maxlen=1024)  # groups that late siblings must not renew
@@ -174,7 +187,8 @@ class Coordinator:
         starts_in_reasoning: bool = False,
         prompt_ids: Sequence[int] = (),
     ) -> Admission | None:
-        """A sibling arrives. None: its group was abandoned, or is over: it is a plain request.
+        """A sibling arrives. None: its group was abandoned, is over or full, or there are too many
+        of them: it is a plain request.
 
         `starts_in_reasoning`: the prompt has opened the think block, so a trace without marks is
         all thinking. `prompt_ids`: read once a group, if a judge asks for its text.
@@ -184,6 +198,10 @@ class Coordinator:
             return None
         if run is not None and run.over_s is not None:
             return None  # its last output waits for the fence alone
+        if run is not None and not run.group.size and len(run.group.siblings) >= MOST_MEMBERS:
+            return None
+        if run is None and index == ABSENT and self._num_awaited + size > MOST_AWAITED:
+            return None
         if run is None:
             run = self._open(group_id, index, size, settings, max_new_tokens)
             run.starts_in_reasoning = starts_in_reasoning
@@ -208,7 +226,7 @@ class Coordinator:
     def _prompt(self, prompt_ids: Sequence[int]) -> str:
         """What a judge reads of a prompt: its end, where options and the question stand."""
         try:
-            return self.read(prompt_ids[-_PROMPT_TOKENS:])
+            return self.read(prompt_ids[-_PROMPT_TOKENS:])[-_PROMPT_CHARS:]
         except (OverflowError, TypeError, IndexError):
             return ""  # an image's ids are hashes, beyond any vocabulary
 
@@ -219,13 +237,15 @@ class Coordinator:
         group = Group(group_id, size, self.config.override(settings), epoch=self._epoch)
         group.is_closed = size > 0
         run = Run(group, max_tokens, is_client_side=index == ABSENT)
+        self._num_awaited += size if run.is_client_side else 0
         self.runs[group_id] = run
         return run
 
     def observe(self, outputs: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
         """One decode step: {group: {sibling: its output ids}}. Every W steps, hand to the judge."""
-        for group_id, siblings in outputs.items():
-            run = self.runs.get(group_id)
+        left = READ_TOKENS
+        for group_id in _from(list(outputs), self._next_read):
+            run, siblings = self.runs.get(group_id), outputs[group_id]
             if run is None:
                 continue
             group = run.group
@@ -234,9 +254,16 @@ class Coordinator:
                 sibling = group.siblings[index]
                 if sibling.state is State.QUEUED:
                     sibling.state = State.RUNNING
+            if not group.config.is_judged:
+                continue
+            if group.is_decided or group.is_released:
+                run.unread.clear()  # nobody will be asked about them
+                continue
             is_window = group.steps % group.config.window == 0 or run.is_behind
-            if is_window and group.config.is_judged:
-                self._look(run, siblings)
+            if is_window or run.unread:
+                left = self._read_traces(run, siblings if is_window else {}, left)
+            if is_window:
+                self._look(run)
 
     def vote(
         self, group_id: str, index: int, output_ids: Sequence[int], is_cut: bool
@@ -248,7 +275,7 @@ class Coordinator:
         sibling, group = run.group.siblings[index], run.group
         sibling.doom = None
         sibling.num_tokens = len(output_ids)
-        text = self.decode(output_ids[-ANSWER_TAIL_TOKENS:])
+        text = self.decode(output_ids[-ANSWER_TAIL_TOKENS:])[-ANSWER_TAIL_CHARS:]
         found = extract(
             text,
             is_cut=is_cut,
@@ -261,8 +288,8 @@ class Coordinator:
             run.traces[index] = replace(run.traces[index], answer=sibling.answer)
             if self.desk is not None:
                 self.desk.ended(group_id, run.traces[index])
-        elif group.config.is_judged:
-            self._keep_trace(run, index, output_ids, is_end=True)
+        elif group.config.is_judged and not sibling.is_submitted:
+            run.unread[index] = list(output_ids[: MOST_CUT_TOKENS + CUT_SLACK])
         self._ask(run, group.tally.add(Ballot(sibling.answer, index)))
         return self._replan(run)
 
@@ -312,7 +339,8 @@ class Coordinator:
         group = run.group
         sibling = group.siblings[index]
         sibling.state, sibling.doom, sibling.num_tokens = state, None, num_tokens
-        run.cuts.pop(index, None)
+        if index not in run.unread:
+            run.cuts.pop(index, None)
         is_over = group.is_over and (group.is_closed or not run.is_client_side)
         if is_over and not group.tally.is_settled and not run.is_client_side:
             run.over_s = self.clock()
@@ -453,7 +481,9 @@ class Coordinator:
 
     def forget(self, group_id: str) -> None:
         """The group is gone; whatever is still asked for it is asked no more."""
-        self.runs.pop(group_id, None)
+        run = self.runs.pop(group_id, None)
+        if run is not None and run.is_client_side:
+            self._num_awaited -= run.group.size
         if self.judge is not None:
             self.judge.drop(group_id)
         stale = [ticket for ticket, one in self._asked.items() if one.group_id == group_id]
@@ -480,21 +510,62 @@ class Coordinator:
         self.forget(run.group.group_id)
         return record
 
-    def _look(self, run: Run, outputs: Mapping[int, Sequence[int]]) -> None:
-        """Cut what has become long enough, and hand it over unless the judge is at it already."""
+    def _read_traces(self, run: Run, outputs: Mapping[int, Sequence[int]], left: int) -> int:
+        """Cut what has become long enough, and what has ended, as far as `left` tokens go.
+
+        Returns what is left of them. Each step begins where the last one ended, in the group and
+        among the groups: whoever has much to read keeps nobody else from being read. Tokens are
+        counted, not seconds: the same on every rank.
+        """
+        group = run.group
+        num_before = len(run.traces)
+        run.is_behind = False
+        for index in _from([*run.unread, *outputs], run.next_read):
+            sibling = group.siblings[index]
+            is_end = index in run.unread
+            if not is_end and (not sibling.is_live or sibling.is_submitted or index in run.traces):
+                continue
+            if left <= 0 or len(run.traces) - num_before >= MOST_CUTS:
+                run.is_behind, run.next_read = bool(outputs), index
+                self._next_read = group.group_id
+                break
+            if not is_end:
+                sibling.num_tokens = len(outputs[index])
+            ids = run.unread[index] if is_end else outputs[index]
+            left -= self._read_trace(run, index, ids, is_end, left)
+        return left
+
+    def _read_trace(
+        self, run: Run, index: int, output_ids: Sequence[int], is_end: bool, most: int
+    ) -> int:
+        """Look for one sibling's cut, and keep what stands before it. Returns what was decoded."""
+        cut = run.cuts.get(index)
+        if cut is None:
+            cut = run.cuts[index] = make_cut(run.group.config, self.read)
+        before = cut.num_decoded
+        point = cut.advance(output_ids, most)
+        if point is None and is_end and not cut.is_behind:
+            point = cut.end(output_ids)
+        run.is_behind = run.is_behind or (cut.is_behind and not is_end)
+        if point is not None:
+            text = cut.text(output_ids, point)
+            answer = run.group.siblings[index].answer if is_end else None
+            run.num_chars += len(text)
+            if run.num_chars <= JUDGED_CHARS:
+                run.traces[index] = Trace(
+                    index, text, point.num_tokens, point.kind, answer, run.prompt
+                )
+            else:
+                run.group.siblings[index].is_submitted = True  # and without a verdict
+            if is_end:
+                del run.unread[index], run.cuts[index]
+        return cut.num_decoded - before + 1
+
+    def _look(self, run: Run) -> None:
+        """Hand over what was cut, unless the judge is at it already."""
         group = run.group
         if self.desk is not None and group.steps % group.config.window == 0:
             self.desk.window(group.group_id)
-        num_before = len(run.traces)
-        run.is_behind = False
-        for index, output_ids in outputs.items():
-            if len(run.traces) - num_before >= MOST_CUTS:
-                run.is_behind = True
-                break
-            sibling = group.siblings[index]
-            if sibling.is_live and not sibling.is_submitted and index not in run.traces:
-                sibling.num_tokens = len(output_ids)
-                self._keep_trace(run, index, output_ids, is_end=False)
         fresh = [i for i in sorted(run.traces) if not group.siblings[i].is_submitted]
         if not fresh or run.in_flight or group.is_decided or group.is_released:
             return
@@ -517,18 +588,6 @@ class Coordinator:
         run.in_flight, run.asked_s = frozenset(fresh), self.clock()
         group.windows += 1
         self._submit(task)
-
-    def _keep_trace(self, run: Run, index: int, output_ids: Sequence[int], is_end: bool) -> None:
-        cut = run.cuts.get(index)
-        if cut is None:
-            cut = run.cuts[index] = make_cut(run.group.config, self.read)
-        point = cut.advance(output_ids)
-        if point is None and is_end:
-            point = cut.end(output_ids)
-        if point is not None:
-            text = cut.text(output_ids, point)
-            answer = run.group.siblings[index].answer if is_end else None
-            run.traces[index] = Trace(index, text, point.num_tokens, point.kind, answer, run.prompt)
 
     def _place(self, run: Run, result: JudgeResult) -> None:
         group = run.group
@@ -599,3 +658,11 @@ class Coordinator:
             sibling.state = State.QUEUED
             actions.append(Start(group.group_id, sibling.index))
         return actions
+
+
+def _from(items: Sequence[Item], first: Item) -> Sequence[Item]:
+    """The items in a circle, from the first one on, if it is one of them."""
+    if first not in items:
+        return items
+    place = items.index(first)
+    return [*items[place:], *items[:place]]

@@ -17,7 +17,8 @@ from typing import Any
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.equal_tokens import Sampled, cons_at_tokens, is_same
 from sglang_deepprune.reasoner import Question
-from sglang_deepprune.truncation import make_cut
+from sglang_deepprune.truncation import WordCut
+from sglang_deepprune.words import REASONING_WORDS
 
 PLAIN = "plain n>1 (collect)"
 # Most of the reasoner's traces hold fewer reasoning words than the paper's 25: the judge would see
@@ -127,7 +128,6 @@ def _cut_of(mode: Mode, plain: Sequence[Outcome]) -> dict[str, Any]:
 def cut_share(text: str, words: int) -> float:
     """How much of a trace its first `words` reasoning words are, by characters; 1: all of it."""
     # The server's own rule with characters for tokens: a client sees no token borders.
-    config = DeepPruneConfig(preset="paper", cut_words=words, cut_max_tokens=131072)
     characters = [ord(character) for character in text]
-    cut = make_cut(config, lambda ids: "".join(map(chr, ids)))
+    cut = WordCut(words, len(text) + 1, REASONING_WORDS, lambda ids: "".join(map(chr, ids)))
     return cut.end(characters).num_tokens / len(characters) if characters else 1.0

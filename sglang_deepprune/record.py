@@ -8,6 +8,7 @@ from __future__ import annotations
 from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.types import ABSENT, ChoiceRecord, GroupRecord
 
+MOST_RUNNING_VOTES = 32  # in the record of a group that still runs: each member carries one
 _STOPPED = frozenset({State.PRUNED, State.DECIDED, State.NOT_STARTED})
 
 
@@ -38,7 +39,10 @@ def record_of(group: Group, max_new_tokens: int, *, is_settled: bool) -> GroupRe
         settled=is_settled,
         answer=leader.answer if leader else None,
         winner=leader.siblings[0] if leader else None,
-        votes=tuple((count.answer, len(count.siblings)) for count in counts),
+        votes=tuple(
+            (count.answer, len(count.siblings))
+            for count in counts[: None if is_settled else MOST_RUNNING_VOTES]
+        ),
         tie=len(counts) > 1 and counts[0].weight == counts[1].weight,
         abstentions=group.tally.num_abstentions,
         windows=group.windows,

@@ -12,6 +12,7 @@ keep the text of a prefix (see `plain_decoder`).
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ _BROKEN = "\ufffd"
 _BLOCK = 32  # tokens between two commits of the scan
 _LOOK_BACK = 4  # tokens that one incomplete character can hold back
 _EXTRA = 8  # most tokens that a cut moves on to complete a character
+CUT_SLACK = 4 * _EXTRA  # tokens behind a cut that can matter to it
 
 # Scripts written without spaces (Hangul glues particles on): their words count as substrings.
 _UNSPACED = (
@@ -49,10 +51,22 @@ class CutPoint:
 
 
 class Cut(Protocol):
-    """The cut of one trace; one object per sibling."""
+    """The cut of one trace; one object per sibling.
 
-    def advance(self, output_ids: Sequence[int]) -> CutPoint | None:
-        """The cut point once the ids hold it. Takes all ids so far, at any times."""
+    Attributes
+    ----------
+    num_decoded : int
+        Tokens decoded so far: what the cut has cost.
+    is_behind : bool
+        The last `advance` ended because it had decoded its share, and not for want of tokens.
+    """
+
+    num_decoded: int
+    is_behind: bool
+
+    def advance(self, output_ids: Sequence[int], most: int | None = None) -> CutPoint | None:
+        """The cut point once the ids hold it. Takes all ids so far, at any times. `most`: tokens
+        to decode in this call, about; the next one goes on."""
 
     def end(self, output_ids: Sequence[int]) -> CutPoint:
         """The cut point of a trace that has ended; kind 'end' when it is shorter than the cut."""
@@ -67,6 +81,11 @@ def make_cut(config: DeepPruneConfig, decode: Decode) -> Cut:
         words = REASONING_WORDS + parse_words(config.reasoning_words)
         return WordCut(config.cut_words, config.cut_max_tokens, words, decode)
     return TokenCut(config.cut_tokens, decode)
+
+
+def warm_up(config: DeepPruneConfig) -> None:
+    """Compile the words' patterns now: it takes a fifth of a second, once."""
+    _compile(REASONING_WORDS + parse_words(config.reasoning_words))
 
 
 def plain_decoder(tokenizer: Any) -> Decode:
@@ -88,7 +107,10 @@ class _SettledCut:
     """Shared half: the rule (`_find`) wants a target, the cut settles where the text is whole."""
 
     def __init__(self, decode: Decode):
-        self._decode = decode
+        self.num_decoded = 0
+        self.is_behind = False
+        self._share = math.inf  # of `num_decoded`, at which the call under way ends
+        self._plain = decode
         self._target: CutPoint | None = None
         self._point: CutPoint | None = None
         self._next = 0  # token count to try next for a whole text
@@ -97,8 +119,17 @@ class _SettledCut:
     def _find(self, output_ids: Sequence[int], is_final: bool) -> CutPoint | None:
         raise NotImplementedError
 
-    def advance(self, output_ids: Sequence[int]) -> CutPoint | None:
-        return self._point or self._step(output_ids, is_final=False)
+    def advance(self, output_ids: Sequence[int], most: int | None = None) -> CutPoint | None:
+        if self._point is None:
+            self.is_behind = False
+            self._share = math.inf if most is None else self.num_decoded + max(1, most)
+            self._step(output_ids, is_final=False)
+            self._share = math.inf
+        return self._point
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        self.num_decoded += len(ids)
+        return self._plain(ids)
 
     def end(self, output_ids: Sequence[int]) -> CutPoint:
         point = self.advance(output_ids) or self._step(output_ids, is_final=True)
@@ -117,9 +148,14 @@ class _SettledCut:
             if self._target is None:
                 return None
             self._next = self._target.num_tokens
-            self._has_text = self.text(output_ids, self._target) != ""
+            self._has_text = self._is_text(output_ids, self._target)
         self._point = self._settle(output_ids, self._target)
         return self._point
+
+    def _is_text(self, output_ids: Sequence[int], target: CutPoint) -> bool:
+        """Whether the target holds any text; mostly its first tokens say so."""
+        first = CutPoint(min(_BLOCK, target.num_tokens), target.kind)
+        return bool(self.text(output_ids, first) or self.text(output_ids, target))
 
     def _settle(self, output_ids: Sequence[int], target: CutPoint) -> CutPoint | None:
         while self._next <= len(output_ids):
@@ -178,6 +214,9 @@ class WordCut(_SettledCut):
     def _find(self, output_ids: Sequence[int], is_final: bool) -> CutPoint | None:
         limit = min(len(output_ids), self.max_tokens)
         while self._block_end <= limit:
+            if self.num_decoded >= self._share:
+                self.is_behind = True
+                return None
             found = self._scan(output_ids, self._block_end, is_commit=True)
             if found is not None:
                 return found

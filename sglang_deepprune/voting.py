@@ -16,10 +16,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sglang_deepprune.answers import compare
+from sglang_deepprune.answers import Allowance, canonical, compare
 
 # Open at a time: a hostile group of all different formulas must not ask n^2 questions.
 MAX_QUESTIONS = 16
+# Work of comparing, see `answers.compare`: of one ballot, and of a group in all its life. A ballot
+# is compared with the largest classes first, and counts apart from those it was not compared with;
+# who says the same in the same words joins at no cost.
+BALLOT_WORK = 256
+GROUP_WORK = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +58,10 @@ class Standing:
 class Tally:
     """An incremental count of one group's ballots."""
 
-    def __init__(self, compare: Callable[[str, str], bool | None] = compare):
-        self._compare = compare
+    def __init__(self, same: Callable[[str, str], bool | None] | None = None):
+        self._same = same  # in place of `answers.compare`
+        self._work = Allowance(GROUP_WORK)
+        self._joined: dict[str, int] = {}  # canonical form of each ballot so far -> its class
         self._answers: list[str] = []  # First answer of each class, by class id.
         self._parents: list[int] = []  # Union-find: a merged class points to a lower id.
         self._ballots: list[list[Ballot]] = []
@@ -104,23 +111,49 @@ class Tally:
         if ballot.answer is None:
             self._num_abstentions += 1
             return []
-        # Merged classes keep their first answers in this list: what a ballot joins must not
-        # depend on which proofs have arrived before it.
-        verdicts = [self._compare(answer, ballot.answer) for answer in self._answers]
-        if True in verdicts:
-            self._ballots[verdicts.index(True)].append(ballot)
+        form = canonical(ballot.answer)
+        known = self._joined.get(form)
+        doubtful: list[int] = []
+        if known is None:
+            known, doubtful = self._place(ballot.answer)
+        if known is not None:
+            self._joined[form] = known
+            self._ballots[known].append(ballot)
             return []
-        new = len(self._answers)
+        new = self._joined[form] = len(self._answers)
         self._answers.append(ballot.answer)
         self._parents.append(new)
         self._ballots.append([ballot])
-        doubtful = [index for index, verdict in enumerate(verdicts) if verdict is None]
         questions = [
             Question(low, new, self._answers[low], ballot.answer)
             for low in doubtful[: max(0, MAX_QUESTIONS - len(self._open))]
         ]
         self._open.update({(q.low, q.high): q for q in questions})
         return questions
+
+    def _place(self, answer: str) -> tuple[int | None, list[int]]:
+        """The first class that holds the answer for certain, and those that may hold it.
+
+        Merged classes keep their first answers: what a ballot joins must not depend on which proofs
+        have arrived before it.
+        """
+        mine = Allowance(min(BALLOT_WORK, self._work.left))
+        before = mine.left
+        order = sorted(range(len(self._answers)), key=lambda index: -len(self._ballots[index]))
+        same: list[int] = []
+        doubtful: list[int] = []
+        for index in order:
+            if mine.left <= 0:
+                break
+            mine.left -= 1
+            known = self._answers[index]
+            verdict = self._same(known, answer) if self._same else compare(known, answer, mine)
+            if verdict:
+                same.append(index)
+            elif verdict is None:
+                doubtful.append(index)
+        self._work.left -= before - max(0, mine.left)
+        return min(same, default=None), sorted(doubtful)
 
     def resolve(self, low: int, high: int, same: bool | None) -> None:
         """Answer a question; None (not shown equal) keeps the classes apart."""

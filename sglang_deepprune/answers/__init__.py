@@ -5,8 +5,8 @@ the slow path (`equivalence`, with sympy) in a child process that can be killed.
 """
 
 from sglang_deepprune.answers.canonical import canonical
-from sglang_deepprune.answers.compare import compare
+from sglang_deepprune.answers.compare import Allowance, compare
 from sglang_deepprune.answers.extract import Extraction, extract
 from sglang_deepprune.answers.fence import Fence
 
-__all__ = ["Extraction", "Fence", "canonical", "compare", "extract"]
+__all__ = ["Allowance", "Extraction", "Fence", "canonical", "compare", "extract"]

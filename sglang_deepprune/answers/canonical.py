@@ -46,11 +46,15 @@ _SYNONYMS = _NUMBER_WORDS | {
 }
 
 
-@lru_cache(maxsize=4096)
 def canonical(answer: str) -> str:
     """The normal form of an answer; equal forms are the same answer. Bounded on any input."""
-    if len(answer) > MAX_CHARS:
+    if len(answer) > MAX_CHARS:  # and kept in no cache
         return "sha256:" + hashlib.sha256(answer.encode("utf-8", "surrogatepass")).hexdigest()
+    return _canonical(answer)
+
+
+@lru_cache(maxsize=4096)
+def _canonical(answer: str) -> str:
     text = fold(answer)
     is_labels = _LABELS.fullmatch(text) and "".join(sorted(set(text))) == text
     if PHRASE.fullmatch(text) and len(text) > 1 and not is_labels:

@@ -10,7 +10,7 @@ same result, so a vote may act on it in its own step.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -23,6 +23,7 @@ from sglang_deepprune.answers.shapes import Equation, Many, Matrix, Named, Nothi
 from sglang_deepprune.answers.shapes import read as read_shapes
 
 _MAX_NESTING = 4
+_CHARS_A_PAIR = 64  # more of them are more work
 _LETTER = re.compile(r"\(?([A-Ja-j])\)?")
 _LABELLED = re.compile(r"\(([A-J])\) ?\S.*|([A-J])\) ?\S.*", re.DOTALL)
 
@@ -33,24 +34,41 @@ class Rules:
 
     expressions: Comparer
     equations: Callable[[Equation, Equation], Decision]
-    # Pairs of members looked at for one decision: nested sets would otherwise cost seconds.
-    max_pairs: int = 2048
+    # Work of one decision, in pairs of short texts (about 50 microseconds): nested sets would
+    # otherwise cost seconds.
+    max_work: int = 400
+    # Characters of an answer's canonical form that are read at all; longer ones are the fence's.
+    max_chars: int = 600
 
 
-def compare(a: str, b: str) -> bool | None:
+@dataclass(slots=True)
+class Allowance:
+    """Work that several decisions may share; what is not decided within it is not decided."""
+
+    left: int
+
+
+def compare(a: str, b: str, allowance: Allowance | None = None) -> bool | None:
     """True or False when that is certain, None when only the slow path can tell. Symmetric."""
-    return decide(a, b, FAST)
+    return decide(a, b, FAST, allowance)
 
 
-def decide(a: str, b: str, rules: Rules) -> Decision:
+def decide(a: str, b: str, rules: Rules, allowance: Allowance | None = None) -> Decision:
     """Canonical forms first, then every pair of readings."""
     left, right = sorted((canonical(a), canonical(b)))
     if left == right:
         return True
     if left.startswith("sha256:") or right.startswith("sha256:"):
         return None
+    if max(len(left), len(right)) > rules.max_chars:
+        return None
     left, right = _labels(left, right)
-    return _match_texts(left, right, _Work(rules.expressions, rules.equations, rules.max_pairs), 0)
+    granted = rules.max_work if allowance is None else min(rules.max_work, allowance.left)
+    work = _Work(rules.expressions, rules.equations, granted)
+    decision = _match_texts(left, right, work, 0)
+    if allowance is not None:
+        allowance.left -= granted - max(0, work.num_left)
+    return decision
 
 
 @dataclass(slots=True)
@@ -75,7 +93,7 @@ def _labels(left: str, right: str) -> tuple[str, str]:
 def _match_texts(a: str, b: str, work: _Work, depth: int) -> Decision:
     if a == b:
         return True
-    work.num_left -= 1
+    work.num_left -= 1 + (len(a) + len(b)) // _CHARS_A_PAIR
     if depth > _MAX_NESTING or work.num_left < 0:
         return None
     return _any(match(x, y, work, depth) for x in read_shapes(a) for y in read_shapes(b))
@@ -143,10 +161,15 @@ def _match_many(x: Many, y: Many, texts: Comparer) -> Decision:
         if len(x.members) != len(y.members):
             return False
         return _all(texts(a, b) for a, b in zip(x.members, y.members, strict=True))
-    covered = _all(_any(texts(a, b) for b in y.members) for a in x.members)
-    if covered is False:
-        return False
-    return _all([covered, *(_any(texts(a, b) for a in x.members) for b in y.members)])
+    covered = _covered(x.members, y.members, texts)
+    return False if covered is False else _all([covered, _covered(y.members, x.members, texts)])
+
+
+def _covered(members: Sequence[str], others: Sequence[str], texts: Comparer) -> Decision:
+    """Whether each of the members is one of the others. Equal spellings need no pair of them."""
+    known = {canonical(other) for other in others}
+    left = [member for member in members if canonical(member) not in known]
+    return _all(_any(texts(member, other) for other in others) for member in left)
 
 
 def _match_equation(x: Shape, y: Equation, work: _Work, texts: Comparer) -> Decision:

@@ -184,4 +184,4 @@ def _math_verify(a: str, b: str) -> bool:
     )
 
 
-SLOW = Rules(_expressions, _equations, max_pairs=1_000_000)
+SLOW = Rules(_expressions, _equations, max_work=1_000_000, max_chars=1_000_000)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import math
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 
 from sglang_deepprune.answers.expression import Tree
 
 MAX_BITS = 32_768
 MAX_FACTORIAL = 2_500
+MAX_ROOT_BITS = 4_096  # of a number whose cube root and so on is taken, digit by digit
 # Mersenne primes: the totients of p - 1, needed for exponents of exponents, are smooth.
 PRIMES = (2**61 - 1, 2**89 - 1, 2**127 - 1)
 
@@ -53,9 +54,9 @@ def _rational(tree: Tree) -> Fraction:
     if kind == "abs":
         return abs(rational(tree[1]))
     if kind == "fact":
-        return Fraction(math.factorial(_small(rational(tree[1]))))
+        return _factorial(_small(rational(tree[1])))
     if kind == "choose":
-        return Fraction(math.comb(_small(rational(tree[1])), _small(rational(tree[2]))))
+        return _choose(_small(rational(tree[1])), _small(rational(tree[2])))
     if kind == "fn" and tree[1] in ("floor", "ceil"):
         return Fraction(getattr(math, tree[1])(rational(tree[2])))
     raise Inexact(kind)
@@ -73,6 +74,16 @@ def _small(value: Fraction) -> int:
     return int(value)
 
 
+@lru_cache(maxsize=64)
+def _factorial(value: int) -> Fraction:
+    return Fraction(math.factorial(value))
+
+
+@lru_cache(maxsize=64)
+def _choose(size: int, count: int) -> Fraction:
+    return Fraction(math.comb(size, count))
+
+
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
         return _power(_root(base, Fraction(exponent.denominator)), Fraction(exponent.numerator))
@@ -87,6 +98,9 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
 def _root(value: Fraction, degree: Fraction) -> Fraction:
     if degree.denominator != 1 or not 2 <= degree <= 64 or value < 0:
         raise Inexact("root")
+    bits = value.numerator.bit_length() + value.denominator.bit_length()
+    if degree > 2 and bits > MAX_ROOT_BITS:
+        raise Inexact("root of a large number")
     return Fraction(
         _integer_root(value.numerator, int(degree)), _integer_root(value.denominator, int(degree))
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from sglang_deepprune.answers import cues
 from sglang_deepprune.answers.boxes import read_boxes
+from sglang_deepprune.answers.folding import MAX_CHARS
 from sglang_deepprune.answers.reasoning import split_reasoning, without_control
 from sglang_deepprune.answers.statements import find_closing, find_statement, option
 
@@ -121,6 +122,8 @@ def _tidied(answer: str, kind: str, text: str) -> Extraction | None:
         return Extraction(labelled[1] or labelled[2], "letter" if kind != "box" else kind)
     if re.fullmatch(r"\W*[?？]+\W*", answer) or not answer:
         return None
+    if len(answer) > MAX_CHARS:
+        return None  # nothing that siblings could agree on, and a vote would carry it n times
     return Extraction(_localised(answer, text), kind)
 
 

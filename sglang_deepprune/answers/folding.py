@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-MAX_CHARS = 4_096
+MAX_CHARS = 2_048
 
 
 def words(text: str) -> list[str]:
@@ -50,6 +50,7 @@ _ARRAY_DRESS = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])")
 _STYLE = re.compile(
     r"\\(?:displaystyle|textstyle|limits|rm|bf|it|sf|mathstrut|hfill|large|Large|huge)(?![a-zA-Z])"
 )
+_SPACES = re.compile(r"\s{2,}")
 _SPACE = re.compile(r"\\[,;:> ]|\\q?quad(?![a-z])|\\thinspace(?![a-z])|~|\s+")
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up)?|math(?:rm|bf|it|sf|tt|up)|mbox|hbox|emph|"
@@ -115,13 +116,19 @@ _MACRO_GAP = re.compile(r"(?<![a-zA-Z]{2})(?<![,;]) (?=\\[a-zA-Z{}|])|(?<=[)\]}]
 
 def fold(answer: str) -> str:
     """The answer in one spelling. Idempotent on its own results for ordinary answers."""
-    text = answer[:MAX_CHARS]
+    text = _single_spaced(answer[:MAX_CHARS])
     if not text.isascii():
-        text = _fold_unicode(text)
+        text = _single_spaced(_fold_unicode(text))
     text = _undress(text)
     text = _fold_latex(text)
     text = _fold_spaces(_undress(text))
     return _fold_commas(_fold_numbers(text)).strip()
+
+
+def _single_spaced(text: str) -> str:
+    """No two spaces side by side: the patterns below start anew at each space of a run, which makes
+    a long one quadratic."""
+    return _SPACES.sub(" ", text)
 
 
 def _fold_unicode(text: str) -> str:
@@ -155,12 +162,13 @@ def _fold_latex(text: str) -> str:
         text = text.replace(r"\!", "").replace(r"\%", "%").replace(r"\&", "&")
         text = text.replace(r"\\", "\x00")  # A matrix row end is not an escaped space.
         text = _STYLE.sub(" ", _ARRAY_DRESS.sub("", text))
-        text = _SPACE.sub(" ", text)
+        text = _single_spaced(_SPACE.sub(" ", text))
         text = _TEXT_EXPONENT.sub(r"e\1", text.replace(r"\$", "＄"))
         for _ in range(4):
             text, count = _TEXT.subn(lambda m: f" {m[1]} ", text)
             if not count:
                 break
+        text = _single_spaced(text)
         for pattern, new in _RENAMES:
             text = pattern.sub(new, text)
         text = _OVERLINE.sub(r"\\overline{\1}", _VARIANTS.sub(r"\\", text))

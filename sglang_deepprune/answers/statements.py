@@ -31,6 +31,7 @@ _LABEL = re.compile(
 )
 _LOWER_LABEL = re.compile(r"([a-j])\)?\s*")
 _ASSIGNED = re.compile(r"^(?:[a-zA-Z]|\\[a-z]+)(?:_\w)?(?:\(\w\))?=")
+_RUN = re.compile(r"\s{9,}")
 _BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*")
 
 
@@ -44,7 +45,7 @@ class Statement:
 
 def find_statement(text: str, *, is_cut: bool) -> Statement | None:
     """The last explicit answer statement; of a cut text only one that was finished."""
-    text = text[-_MAX_CHARS:]
+    text = _RUN.sub(_shortened, text[-_MAX_CHARS:])
     for pattern in (cues.ANSWER, cues.RESULT, cues.TENTATIVE):
         matches = list(pattern.finditer(text))[-_MAX_CANDIDATES:]
         if pattern is cues.TENTATIVE and is_cut:
@@ -59,6 +60,11 @@ def find_statement(text: str, *, is_cut: bool) -> Statement | None:
         if pattern is cues.ANSWER and (label := _label_first(text)) is not None:
             return label
     return None
+
+
+def _shortened(run: re.Match[str]) -> str:
+    """Of a long run of spaces, which would make each pattern that looks through it quadratic."""
+    return "\n\n" if "\n" in run[0] else "  "
 
 
 def _label_first(text: str) -> Statement | None:
@@ -150,7 +156,7 @@ def option(content: str, is_pick: bool = False) -> str | None:
 
 def find_closing(text: str) -> Statement | None:
     """Weaker forms at the very end: bold value, bare value, `Thus x = 5.`; never of a cut text."""
-    text = text.strip()
+    text = _RUN.sub(_shortened, text.strip())
     if not text or text.endswith(("...", "…", ",", ":")):
         return None
     if len(text) <= 80 and "\n" not in text and (bare := _bare(text)) is not None:

@@ -21,7 +21,7 @@ _WORD = re.compile(r"[a-z]{4,}|\d+(?:\.\d+)?")
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\w])")
 _BOXED = re.compile(r"\\boxed\{([^{}]{1,40})\}")
 _EQUALS = re.compile(
-    r"(?:=|\bis|\bequals|\bmakes|\bgives)\s*\$?\s*(-?\d+(?:,\d{3})*(?:\.\d+)?)(?![\w])"
+    r"(?:=|\bis|\bequals|\bmakes|\bgives)\s*(?:\$\s*)?(-?\d+(?:,\d{3})*(?:\.\d+)?)(?![\w])"
 )
 _GOOD = re.compile(
     r"\b(?:correct|matches|match|best|fits|right|yes|indeed|therefore|thus|answer|choose|true)\b",

@@ -22,6 +22,7 @@ from sglang_deepprune.types import Pair, Reading, Trace
 
 _MAX_TEXTS = 4096
 _AT_ONCE = 8
+_ROUNDING = 1e-3  # by which a log-probability may be above 0
 
 
 class ProbeServerJudge:
@@ -82,8 +83,10 @@ class ProbeServerJudge:
         reply = self._http.send("/generate", body)
         try:
             tokens = [(float(p), str(s)) for p, _, s in reply["meta_info"]["output_token_logprobs"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise JudgeError("the probed server replied with no tokens") from error
+        if len(tokens) > MAX_TOKENS or not all(p < _ROUNDING for p, _ in tokens):  # nor NaN
+            raise JudgeError("the probed server replied with something that is no log-probability")
         pieces = [piece for _, piece in tokens]
         return read(
             range(len(pieces)), [min(1.0, math.exp(logprob)) for logprob, _ in tokens],

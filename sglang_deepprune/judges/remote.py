@@ -7,17 +7,22 @@ a hub name). TLS certificates are verified, redirects are not followed, and the 
 the environment variable DEEPPRUNE_JUDGE_API_KEY.
 
 A call has a budget of seconds, below the worker's default deadline: it ends by itself, because a
-process that is killed forgets its circuit and is switched off after a few restarts. Within it, what
-failed is tried again with a back-off. When several calls in a row have failed the circuit opens:
+process that is killed forgets its circuit and is switched off after a few restarts. A server that
+sends a byte now and then, or without end, ends with it too. Within it, what failed is tried again
+with a back-off. When several calls in a row have failed the circuit opens:
 for a while nothing is sent and every call fails at once, which prunes nothing; then the next call
 tries again, for as long as the server runs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import math
 import os
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -39,7 +44,8 @@ from sglang_deepprune.types import Pair
 KEY_VARIABLE = "DEEPPRUNE_JUDGE_API_KEY"
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _AT_ONCE = 8
-_MOST_BYTES = 16 << 20  # of a reply
+_MOST_BYTES = 4 << 20  # of a reply; parsed, a hostile one takes about thirty times as much
+_MOST_TOKENS = 1 << 30
 
 
 class Circuit:
@@ -83,7 +89,6 @@ class Http:
         self.retries = retries
         self.backoff_s = backoff_s
         self.until = math.inf
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     def send(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """A JSON reply. Raises `JudgeError`; its text holds no part of a request."""
@@ -101,15 +106,67 @@ class Http:
                 break
             request = urllib.request.Request(self.url + path, data, headers)
             try:
-                with self._opener.open(request, timeout=min(left, 3600)) as reply:
-                    return json.loads(reply.read(_MOST_BYTES))
+                return _fetch(request, min(left, 3600))
             except urllib.error.HTTPError as error:
+                error.close()
                 reason = f"HTTP {error.code}"
                 if error.code not in _AGAIN:
                     break
-            except (OSError, ValueError) as error:
+            # Not JSON, cut off, nested without end, or no HTTP at all.
+            except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
                 reason = type(error).__name__
         raise JudgeError(f"the judge's server does not answer {path}: {reason}")
+
+
+class _Watch:
+    """Ends a request when its time is out. A socket's own time-out starts anew at every byte."""
+
+    def __init__(self, limit_s: float):
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(limit_s, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Watch:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def opener(self) -> urllib.request.OpenerDirector:
+        """One whose connections are watched."""
+        note = self._sockets.append
+
+        class Watched(urllib.request.AbstractHTTPHandler):
+            def do_open(self, http_class: Any, req: Any, **args: Any) -> Any:
+                class Connection(http_class):
+                    def connect(self) -> None:
+                        super().connect()
+                        note(self.sock)
+
+                return super().do_open(Connection, req, **args)
+
+        class Plain(Watched, urllib.request.HTTPHandler):
+            pass
+
+        class Tls(Watched, urllib.request.HTTPSHandler):
+            pass
+
+        return urllib.request.build_opener(_NoRedirect, Plain, Tls)
+
+    def _end(self) -> None:
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+def _fetch(request: urllib.request.Request, limit_s: float) -> Any:
+    """The JSON of one reply."""
+    with _Watch(limit_s) as watch, watch.opener().open(request, timeout=limit_s) as reply:
+        body = reply.read(_MOST_BYTES + 1)
+    if len(body) > _MOST_BYTES:
+        raise ValueError("too long")
+    return json.loads(body)
 
 
 class RemoteJudge:
@@ -134,10 +191,14 @@ class RemoteJudge:
         """Made when the server is first asked: it may start later than we do. Raises
         `JudgeError`."""
         if self._prompts is None:
-            info = self._http.send("/get_model_info")
-            limit = self._http.send("/get_server_info").get("context_length") or 1 << 30
-            source = self._tokenizer or str(info.get("tokenizer_path", ""))
-            self._prompts = _writer(source, int(limit))
+            model, server = map(self._http.send, ("/get_model_info", "/get_server_info"))
+            if not isinstance(model, dict) or not isinstance(server, dict):
+                raise JudgeError("the judge's server does not say what it serves")
+            limit = server.get("context_length")
+            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+                limit = _MOST_TOKENS
+            source = self._tokenizer or str(model.get("tokenizer_path", ""))
+            self._prompts = _writer(source, min(limit, _MOST_TOKENS))
         return self._prompts
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
@@ -151,7 +212,7 @@ class RemoteJudge:
         self._http.until = time.monotonic() + self.budget_s
         try:
             scores = self._score_prompts(self.prompts.write(pairs))
-        except JudgeError:
+        except Exception:  # whatever it was: the next call would most likely meet it too
             self.circuit.failed()
             raise
         self.circuit.succeeded()
@@ -180,7 +241,7 @@ class RemoteJudge:
         })  # fmt: skip
         try:
             found = [float(same) for same, _ in reply["scores"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise JudgeError("the judge's server replied with no scores") from error
         if len(found) != len(rests) or not all(0 <= one <= 1 for one in found):
             raise JudgeError("the judge's server replied with something that is no probability")
@@ -199,7 +260,7 @@ def _writer(source: str, max_tokens: int) -> PromptWriter:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the server names it: it may be any file, or none
         raise JudgeError(
             "the tokenizer of the judge's server is not readable here; use remote:URL,TOKENIZER"
         ) from error

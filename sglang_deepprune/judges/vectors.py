@@ -31,7 +31,8 @@ class VectorCache(Generic[V]):
         return {text: self._one(text) for text in dict.fromkeys(texts)}
 
     def _one(self, text: str) -> V:
-        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        data = text.encode("utf-8", "surrogatepass")
+        key = hashlib.blake2b(data, digest_size=16).digest()
         if key in self._items:
             self._items.move_to_end(key)
             return self._items[key]

@@ -6,6 +6,8 @@ changed; each retirement is counted by the state that its client is told.
 
 from __future__ import annotations
 
+import functools
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,9 @@ KEY = "deepprune_state"
 _MANAGERS = "sglang.srt.managers"
 _retired: Counter[str] = Counter()
 _num_missed = 0  # siblings that an abort named and did not reach
+_longest_ms: dict[
+    str, float
+] = {}  # function of ours -> its longest call, in CPU time of its thread
 
 
 def plugin_env(folder: Path) -> dict[str, str]:
@@ -44,6 +49,38 @@ def register() -> None:
         return retired
 
     Coordinator.retire = counted  # type: ignore[assignment,method-assign]
+    _time_ours()
+
+
+def _time_ours() -> None:
+    """Time whatever of ours runs in the decode step, or on the tokenizer side's event loop."""
+    from sglang_deepprune.patches import output, tokenizer_manager
+    from sglang_deepprune.patches.scheduler import Engine
+
+    guard = Engine.guard
+
+    def guarded(self: Engine, step: Callable[..., Any], *args: Any) -> Any:
+        return _timed(step.__name__, guard, self, step, *args)
+
+    Engine.guard = guarded  # type: ignore[method-assign]
+    for place, name in (
+        (Engine, "poll"), (tokenizer_manager, "_fan_of"), (tokenizer_manager, "_client_side_tag"),
+        (output, "unpack"), (output.Reply, "whole"), (output.Reply, "_describe"),
+    ):  # fmt: skip
+        setattr(place, name, _timing(name, getattr(place, name)))
+
+
+def _timing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.wraps(function)(lambda *args, **kw: _timed(name, function, *args, **kw))
+
+
+def _timed(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    start = time.thread_time()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        spent_ms = (time.thread_time() - start) * 1e3
+        _longest_ms[name] = max(spent_ms, _longest_ms.get(name, 0.0))
 
 
 def aborted(result: Any, self: Any, recv_req: Any) -> None:
@@ -92,6 +129,7 @@ def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
         "retired": dict(_retired),
         "missed": _num_missed,
         "faults": sorted(ours._faults),
+        "longest_ms": dict(_longest_ms),
         "retracted": ours.num_retracted,
         "yielded": ours.rows.num_yielded,
         "relieved": ours.pressure.num_relieved,
@@ -107,4 +145,5 @@ async def of_tokenizer(original: Callable[..., Any], self: Any) -> Any:
     if KEY in states[0]:
         states[0][KEY]["tables"]["rid_to_state"] = len(self.rid_to_state)
         states[0][KEY]["tables"]["stems"] = len(tokenizer_manager._BY_STEM)
+        states[0][KEY]["longest_ms"] |= _longest_ms
     return states

@@ -96,11 +96,19 @@ def test_a_group_that_makes_the_judge_raise_spoils_its_own_result_alone():
 
 def test_more_groups_than_the_time_allows_are_left_for_a_later_batch():
     judge = Judge(pause_s=0.02)
-    batcher = warm(judge, budget_s=0.25)  # a task takes five calls
-    tasks = [task(f"g{i}", 40) for i in range(8)]
+    batcher = warm(judge, budget_s=0.4)  # a task takes seven calls
+    tasks = [task(f"g{i}", 8) for i in range(30)]
     results = batcher(tasks)
     assert 1 <= len(results) < len(tasks)
     assert all(result.error is None for result in results)
+
+
+def test_a_task_that_asks_for_more_than_its_time_has_no_verdict_and_the_judge_lives_on():
+    batcher = warm(Judge(pause_s=0.02), budget_s=0.25)
+    long, short = batcher([task("long", 400)]), batcher([task("short", 3)])
+    assert long[0].error is not None and "more comparisons" in long[0].error
+    assert long[0].elapsed_ms < 1000 and long[0].assignments == ()
+    assert short[0].error is None
 
 
 def test_side_by_side_are_no_more_than_the_judge_can_read_in_the_time_left():
