@@ -7,7 +7,7 @@ STAMP := .venv/.set-up
 # torch's threads spin: more than one per process starves the server on a small machine.
 CPU_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: venv demo test test-full lint format bench bench-frontier bench-serving kernels-report \
+.PHONY: venv demo test test-full test-stacks test-sdks lint format bench bench-frontier bench-serving kernels-report \
 	bench-kernels dist-check clean
 .DEFAULT_GOAL := venv
 
@@ -31,6 +31,16 @@ test: venv
 
 test-full: venv
 	$(CPU_ENV) $(BIN)/pytest -m "not stacks"
+
+# The recipes of docs/recipes/, with other people's packages: each installed once, under .stacks/.
+test-stacks: venv
+	$(BIN)/python -m tests.stacks.environments
+	$(CPU_ENV) $(BIN)/pytest -m stacks -rs tests/stacks
+
+# Those of them that CI runs: OpenAI's SDKs.
+test-sdks: venv
+	$(BIN)/python -m tests.stacks.environments openai-python openai-node
+	$(CPU_ENV) $(BIN)/pytest -m stacks -rs tests/stacks/test_openai.py
 
 lint: venv
 	$(BIN)/ruff check .
@@ -64,5 +74,5 @@ dist-check: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/dist_check.sh
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .stacks build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
