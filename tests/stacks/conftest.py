@@ -12,9 +12,8 @@ import pytest
 from sglang_deepprune.reasoner import model_path
 from tests.engine.server import Server
 from tests.stacks.environments import ENVIRONMENTS, CannotBeHad, Environment
+from tests.stacks.recipes import FLAGS
 
-# Fill off: which siblings run besides the base would hang on the machine's speed.
-FLAGS = ("--enable-deepprune", "--deepprune-fill", "0", "--sleep-on-idle")
 TESTED = pytest.StashKey[dict[str, str]]()
 UNTESTED = pytest.StashKey[dict[str, str]]()
 

@@ -114,7 +114,7 @@ class Environment:
 ENVIRONMENTS = {
     one.name: one
     for one in (
-        Environment("openai-python", ("openai==3.57.0",), ("openai", "httpx")),
+        Environment("openai-python", ("openai==3.57.0",), ("openai",)),
         # 7.x wants Node 22; Debian 12 and 13 have less.
         Environment("openai-node", ("openai@6.49.0",), ("openai",), is_node=True),
         Environment("lm-eval", ("lm-eval[api]==0.4.13",), ("lm-eval", "datasets"), is_on_top=True),

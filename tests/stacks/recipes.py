@@ -13,6 +13,8 @@ from tests.stacks.environments import ROOT
 RECIPES = ROOT / "docs" / "recipes"
 PROGRAMS = Path(__file__).parent / "programs"  # what a client loses; nobody should copy these
 LIMIT_S = 240
+# A server's. Fill off: which siblings run besides the base would hang on the machine's speed.
+FLAGS = ("--enable-deepprune", "--deepprune-fill", "0", "--sleep-on-idle")
 
 
 def environ(url: str = "", **more: str) -> dict[str, str]:

@@ -19,8 +19,7 @@ import requests
 from sglang_deepprune.local_server import free_port
 from sglang_deepprune.reasoner import model_path
 from tests.engine.server import Server
-from tests.stacks.conftest import FLAGS
-from tests.stacks.recipes import RECIPES, environ, run_json
+from tests.stacks.recipes import FLAGS, RECIPES, environ, run_json
 
 START_LIMIT_S = 180
 QUESTION = "What is 19 + 32 + 37 + 47 ?"
