@@ -12,19 +12,25 @@ import pytest
 
 from sglang_deepprune.answers import compare
 from tests.engine.server import Server
-from tests.stacks.recipes import RECIPES, environ, run
+from tests.stacks.recipes import PROGRAMS, RECIPES, environ, run, run_json
 
 QUESTIONS = [json.loads(line) for line in (RECIPES / "lm_eval_questions.jsonl").open()]
 BOX = re.compile(r"boxed\{([^}]*)\}")
 
 
 def evaluate(
-    server: Server, command: list[str | Path], task: str, path: str, out: Path, *more: str
+    server: Server,
+    command: list[str | Path],
+    task: str,
+    path: str,
+    out: Path,
+    *more: str,
+    num_concurrent: int = 8,
 ) -> tuple[float, list[dict[str, Any]]]:
     """The score that lm-eval reports, and what it logged of each question."""
     options = {
         "model": "default", "base_url": f"{server.url}{path}", "tokenizer_backend": "None",
-        "tokenized_requests": "False", "num_concurrent": "8",
+        "tokenized_requests": "False", "num_concurrent": str(num_concurrent),
     }  # fmt: skip
     said = ",".join(f"{name}={value}" for name, value in options.items())
     run(
@@ -72,7 +78,10 @@ def test_the_server_votes_and_lm_eval_reads_one_text_a_question(
     assert finished < 8 * len(QUESTIONS), "nothing was stopped"
 
 
-def test_stopped_repeats_are_no_wrong_answers(server: Server, environment: Any, tmp_path: Path):
+@pytest.mark.parametrize("num_concurrent", [8, 1])
+def test_stopped_repeats_are_no_wrong_answers(
+    server: Server, environment: Any, tmp_path: Path, num_concurrent: int
+):
     python = environment("lm-eval").python
     score, logged = evaluate(
         server,
@@ -80,6 +89,7 @@ def test_stopped_repeats_are_no_wrong_answers(server: Server, environment: Any, 
         "deepprune_repeats",
         "/v1/completions",
         tmp_path,
+        num_concurrent=num_concurrent,
     )
     stopped, naive, right = 0, 0.0, 0.0
     for sample in logged:
@@ -96,3 +106,20 @@ def test_stopped_repeats_are_no_wrong_answers(server: Server, environment: Any, 
     assert score == right / len(QUESTIONS) > 0
     # What counting the stopped ones as an answer of their own would have reported.
     assert naive / len(QUESTIONS) < score
+
+
+def test_without_return_vote_it_takes_choice_0_or_fails(server: Server, environment: Any):
+    """Why the recipe says `return: vote`."""
+    python = environment("lm-eval").python
+    left = run_json([python, PROGRAMS / "lm_eval_all_choices.py"], env=environ(server.url))
+    reply = server.post(
+        "/v1/completions",
+        {"model": "m", "prompt": QUESTIONS[0]["question"], "n": 8, "seed": 1234,
+         "temperature": 1.0, "max_tokens": 700},
+    ).json()  # fmt: skip
+    # With lm-eval's seed choice 0 is the longest of the first four: stopped when those agree.
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert (
+        left["sequential"] == [reply["choices"][0]["text"]] and "boxed" not in left["sequential"][0]
+    )
+    assert "longer" in left["concurrent"]
