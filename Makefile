@@ -9,8 +9,8 @@ TOOLS_STAMP := .venv-tools/.set-up
 # torch's threads spin: more than one per process starves the server on a small machine.
 CPU_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: venv demo test test-full lint format bench bench-frontier bench-serving kernels-report \
-	bench-kernels dist-check pins-check docs deploy-lint clean
+.PHONY: venv demo test test-full test-stacks test-sdks lint format bench bench-frontier \
+	bench-serving kernels-report bench-kernels dist-check pins-check docs deploy-lint clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -33,6 +33,16 @@ test: venv
 
 test-full: venv
 	$(CPU_ENV) $(BIN)/pytest -m "not stacks"
+
+# The recipes of docs/recipes/, with other people's packages: each installed once, under .stacks/.
+test-stacks: venv
+	$(BIN)/python -m tests.stacks.environments
+	$(CPU_ENV) $(BIN)/pytest -m stacks -rs tests/stacks
+
+# Those of them that CI runs: OpenAI's SDKs.
+test-sdks: venv
+	$(BIN)/python -m tests.stacks.environments openai-python openai-node
+	$(CPU_ENV) $(BIN)/pytest -m stacks -rs tests/stacks/test_openai.py
 
 lint: venv
 	$(BIN)/ruff check .
@@ -84,5 +94,5 @@ $(TOOLS_STAMP): scripts/tools/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-tools build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tools .stacks build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

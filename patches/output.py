@@ -150,15 +150,19 @@ def _tokens(response: dict[str, Any]) -> int:
 
 
 def _kept(returns: str, record: dict[str, Any], block: list[dict[str, Any]]) -> list[Any]:
-    """The choices that `return` asks for; all of them when nothing finished."""
+    """The choices that `return` asks for; never none.
+
+    Where nothing finished, `survivors` are all, but `vote` is one choice all the same: whoever asks
+    for it reads one (lm-eval miscounts its samples otherwise).
+    """
     states = {choice["index"]: choice["state"] for choice in record["choices"]}
     finished = [out for index, out in enumerate(block) if states.get(index) == "finished"]
-    if returns == "all" or not finished:
+    if returns == "all" or not record["active"]:
         return block
     if returns == "survivors":
-        return finished
+        return finished or block
     winner = record["winner"]
-    return [block[winner]] if winner is not None else finished[:1]
+    return [block[winner]] if winner is not None else (finished or block)[:1]
 
 
 def metadata_of(records: list[dict[str, Any]]) -> dict[str, Any]:

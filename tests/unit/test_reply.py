@@ -106,6 +106,20 @@ def test_a_vote_without_a_winner_returns_a_finished_choice():
     assert [one["text"] for one in shaped] == ["text 1"]
 
 
+@pytest.mark.parametrize(("returns", "kept"), [("survivors", [0, 1, 2]), ("vote", [0])])
+def test_where_nothing_finished_the_vote_is_still_one_choice(returns: str, kept: list[int]):
+    outputs = [reply(0, group(["aborted"] * 3, winner=None)), reply(1), reply(2)]
+    shaped = output.Reply(3, [ask(returns)]).whole(outputs, SimpleNamespace())
+    assert [one["text"] for one in shaped] == [f"text {index}" for index in kept]
+    assert "group" in shaped[0]["meta_info"]["deepprune"]
+
+
+def test_a_request_that_opted_out_gets_all_its_choices_whatever_the_server_returns():
+    plain = [{"text": f"{i}", "meta_info": {"completion_tokens": 5}} for i in range(3)]
+    shaped = output.Reply(3, [ask("vote", wanted=False)]).whole(plain, SimpleNamespace())
+    assert [one["text"] for one in shaped] == ["0", "1", "2"]
+
+
 def test_a_group_without_a_record_says_why():
     lost = {"text": "", "meta_info": {"completion_tokens": 0, "finish_reason": {"type": "abort"}}}
     (first, _) = output.Reply(2, [ask()]).whole([lost, {**lost}], SimpleNamespace())
