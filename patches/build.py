@@ -60,6 +60,8 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
         # Control tokens stay visible: they mark where the thinking ends.
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    if is_leader and getattr(scheduler.model_config, "is_multimodal", False):
+        logger.warning(server_args.UNTESTED, "a multimodal model")
     coordinator = Coordinator(
         config, decode, read=plain_decoder(tokenizer), judge=judge, fence=fence
     )

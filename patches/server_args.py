@@ -29,6 +29,10 @@ from sglang_deepprune.probing import is_probe
 
 logger = logging.getLogger(__name__)
 
+UNTESTED = (
+    "deepprune has not been run with %s yet (docs/modes.md); --deepprune-default opt-in leaves all "
+    "requests alone that do not ask for it"
+)
 ATTRIBUTE = "_deepprune"  # underscore names stay writable on every ServerArgs since 0.5.15
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _FRONT_MODULES = ("sglang.srt.entrypoints.http_server", "sglang.srt.entrypoints.engine")
@@ -154,6 +158,9 @@ def _attach(server_args: Any, values: dict[str, Any]) -> None:
         why = refusal(server_args)
         if why:
             raise ConfigError("judge", f"probe does not work here: {why}")
+    untested = untested_modes(server_args)
+    if untested:
+        logger.warning(UNTESTED, " and ".join(untested))
     setattr(server_args, ATTRIBUTE, Carrier(config))
     activate(config, everywhere=True)
 
@@ -195,6 +202,31 @@ def refuse_unproven_modes(server_args: Any) -> None:
     for applies, sentence in refusals:
         if applies:
             raise seams.SeamError(f"--enable-deepprune does not work yet with {sentence}")
+
+
+def untested_modes(server_args: Any) -> list[str]:
+    """What of this server nobody has run with the plugin yet: docs/modes.md has the reasons."""
+    width = max(getattr(server_args, "attn_dp_size", 1) or 1, 1)
+    modes = (
+        (_runs_on_cuda(server_args), "a GPU"),
+        (getattr(server_args, "enable_lora", None) or getattr(server_args, "lora_paths", None),
+         "--enable-lora"),
+        (getattr(server_args, "speculative_algorithm", None), "--speculative-algorithm"),
+        (getattr(server_args, "enable_deterministic_inference", False)
+         or getattr(server_args, "rl_on_policy_target", None), "--enable-deterministic-inference"),
+        (width > 1 or getattr(server_args, "enable_dp_attention", False), "--attn-dp-size"),
+        (getattr(server_args, "enable_hierarchical_cache", False), "--enable-hierarchical-cache"),
+        (getattr(server_args, "enable_pdmux", False), "--enable-pdmux"),
+        (getattr(server_args, "enable_two_batch_overlap", False), "--enable-two-batch-overlap"),
+    )  # fmt: skip
+    return [name for applies, name in modes if applies]
+
+
+def _runs_on_cuda(server_args: Any) -> bool:
+    import torch
+
+    device = getattr(server_args, "device", None)
+    return device == "cuda" or (device is None and torch.cuda.is_available())
 
 
 _activated: list[seams.Seam] = []

@@ -67,6 +67,27 @@ def test_what_is_not_proven_is_refused_with_one_sentence(tiny: Path, env, argv, 
     assert len(errors) == 1 and sentence in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj"],
+         "--enable-lora"),
+        (["--speculative-algorithm", "NGRAM"], "--speculative-algorithm"),
+        (["--enable-deterministic-inference"], "--enable-deterministic-inference"),
+        (["--enable-hierarchical-cache"], "--enable-hierarchical-cache"),
+        (["--enable-pdmux", "--enable-two-batch-overlap"],
+         "--enable-pdmux and --enable-two-batch-overlap"),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_what_was_never_run_is_named_once_at_start(tiny: Path, argv: list[str], named: str):
+    lines = parse(tiny, ["--enable-deepprune", *argv])
+    assert any(line.startswith("ok True") for line in lines), lines[-3:]
+    said = [line for line in lines if "deepprune has not been run with" in line]
+    assert len(said) == bool(named)
+    assert all(f"has not been run with {named} yet" in line for line in said)
+
+
 def test_where_the_plugin_is_not_loaded_the_flag_is_unknown(tiny: Path):
     lines = parse(tiny, ["--enable-deepprune"], env={"SGLANG_PLUGINS": "someone_else"})
     assert "exit 2" in lines
@@ -93,8 +114,22 @@ def test_serve_with_yaml_and_two_tokenizer_processes(tiny: Path, scripts_env: An
 
 
 ENGINE = """
-import json, sys
+import asyncio, json, sys
 import sglang
+
+
+async def asynchronous(engine, prompt, settings):
+    # Two calls at once, and a stream.
+    params = {"n": 8, "max_new_tokens": 400, "temperature": 1.0,
+              "custom_params": {"deepprune": settings}}
+    both = await asyncio.gather(*(engine.async_generate(prompt, params) for _ in range(2)))
+    for outputs in both:
+        print("ASYNC", json.dumps(outputs))
+    last = {}
+    async for chunk in await engine.async_generate(prompt, params, stream=True):
+        last[chunk["index"]] = chunk
+    print("STREAM", json.dumps([last[index] for index in range(8)]))
+
 
 if __name__ == "__main__":
     model, prompt, settings, flags = json.loads(sys.argv[1])
@@ -103,6 +138,7 @@ if __name__ == "__main__":
     outputs = engine.generate(prompt, {"n": 8, "max_new_tokens": 400, "temperature": 1.0,
                                        "custom_params": {"deepprune": settings}})
     print("RESULT", json.dumps(outputs))
+    engine.loop.run_until_complete(asynchronous(engine, prompt, settings))
     try:
         sglang.Engine(model_path=model, enable_deepprune=True, deepprune_window=0, **flags)
     except Exception as error:
@@ -126,10 +162,19 @@ def test_engine_takes_the_settings_as_keywords(tiny: Path, scripts_env: Any, tmp
         [sys.executable, str(script), json.dumps([str(tiny), PRUNE, PAPER, flags])],
         env=cpu_env(scripts_env), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
-    (result,) = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    outputs = json.loads(result)
-    assert states(outputs) == ["finished", "finished", *["pruned"] * 6]
-    assert [output["text"] for output in outputs[:2]] == scenario.PROMPTS[PRUNE][:2]
+    lines = done.stdout.splitlines()
+    found = {
+        kind: [
+            json.loads(line.removeprefix(f"{kind} "))
+            for line in lines
+            if line.startswith(f"{kind} ")
+        ]
+        for kind in ("RESULT", "ASYNC", "STREAM")
+    }
+    assert [len(some) for some in found.values()] == [1, 2, 1], done.stderr[-2000:]
+    for outputs in found["RESULT"] + found["ASYNC"] + found["STREAM"]:
+        assert states(outputs) == ["finished", "finished", *["pruned"] * 6]
+        assert [output["text"] for output in outputs[:2]] == scenario.PROMPTS[PRUNE][:2]
     assert "REFUSED deepprune.window: expected 1 to 4096, got 0" in done.stdout
 
 

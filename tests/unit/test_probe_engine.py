@@ -57,7 +57,9 @@ def test_a_sibling_is_wished_for_once():
 @pytest.mark.parametrize(
     ("mode", "named"),
     [({"speculative_algorithm": "EAGLE"}, "speculative decoding"),
-     ({"enable_hierarchical_cache": True}, "hierarchical cache"), ({}, "")],
+     ({"enable_hierarchical_cache": True}, "hierarchical cache"),
+     ({"enable_dp_attention": True}, "DP attention"), ({"attn_dp_size": 2}, "DP attention"),
+     ({"attn_dp_size": 1}, ""), ({}, "")],
 )  # fmt: skip
 def test_modes_in_which_a_fork_would_not_find_the_kv_are_refused(
     mode: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
