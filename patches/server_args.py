@@ -189,6 +189,8 @@ def refuse_unproven_modes(server_args: Any) -> None:
          "--disaggregation-mode: prefill/decode disaggregation moves KV between servers"),
         (int(getattr(server_args, "pp_size", 1) or 1) > 1,
          "--pp-size: pipeline stages see a verdict at different steps; use 1"),
+        (bool(getattr(server_args, "enable_pdmux", False)),
+         "--enable-pdmux: its loop runs prefill and decode side by side"),
         (bool(getattr(server_args, "dllm_algorithm", None)),
          "--dllm-algorithm: diffusion LLMs have no decode step to stop at"),
         (bool(getattr(server_args, "enable_streaming_session", False)),
@@ -216,8 +218,6 @@ def untested_modes(server_args: Any) -> list[str]:
          or getattr(server_args, "rl_on_policy_target", None), "--enable-deterministic-inference"),
         (width > 1 or getattr(server_args, "enable_dp_attention", False), "--attn-dp-size"),
         (getattr(server_args, "enable_hierarchical_cache", False), "--enable-hierarchical-cache"),
-        (getattr(server_args, "enable_pdmux", False), "--enable-pdmux"),
-        (getattr(server_args, "enable_two_batch_overlap", False), "--enable-two-batch-overlap"),
     )  # fmt: skip
     return [name for applies, name in modes if applies]
 

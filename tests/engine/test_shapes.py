@@ -189,6 +189,20 @@ def test_echo_begins_each_choice_with_its_own_prompt_also_when_choices_are_left_
             assert any(one.startswith(script) for one in scenario.PROMPTS[prompt])
 
 
+def test_echo_with_log_probabilities_covers_the_prompt(scripted: Server):
+    """What lm-eval's local-completions sends; nothing of it for whom never started."""
+    custom = {"deepprune": {"preset": "balanced", "widen": 0.0}}
+    body = body_of("/v1/completions", DECIDE, 10, custom, echo=True, logprobs=1)
+    reply = scripted.post("/v1/completions", body)
+    assert reply.status_code == 200, reply.text[:300]
+    record = reply.json()["metadata"]["deepprune"]
+    for choice, ours in zip(reply.json()["choices"], record["choices"], strict=True):
+        assert choice["text"].startswith(DECIDE)
+        count = len(choice["logprobs"]["tokens"])
+        assert count > ours["tokens"] if ours["tokens"] else count == 0
+    settled(scripted)
+
+
 def test_a_prompt_that_is_echoed_or_holds_a_box_casts_no_vote(scripted: Server):
     prompt = "box: my answer is \\boxed{42}, put yours into \\boxed{}"
     body = body_of("/v1/completions", prompt, 4, {"deepprune": LATENCY}, echo=True)
