@@ -69,20 +69,22 @@ def generate_request(
     (`GenerateReqInput._normalize_batch_inputs`): with n=2147483647 the server is out of memory."""
     config = config_of(self.server_args)
     params = getattr(obj, "sampling_params", None)
-    first = params[0] if isinstance(params, list) and params else params
-    size = first.get("n") if config is not None and isinstance(first, dict) else None
+    first: Any = params[0] if isinstance(params, list) and params else params
+    responses = original(self, obj, request, *rest)
+    if config is None or not isinstance(first, dict):
+        return responses
+    size = first.get("n")
     if not isinstance(size, int) or size <= wire.MOST_SIBLINGS or _is_beam(first):
-        return original(self, obj, request, *rest)
-    return _refused(original(self, obj, request, *rest), config, first, size)
+        return responses
+    return _refused(responses, config, first, size)
 
 
 async def _refused(
-    responses: Any, config: DeepPruneConfig | None, params: dict[str, Any], size: int
+    responses: Any, config: DeepPruneConfig, params: dict[str, Any], size: int
 ) -> AsyncIterator[Any]:
     """A 400 for a request of which something is wanted; all others are SGLang's to answer."""
     try:
-        ask = wire.read_ask(config, params.get("custom_params")) if config is not None else None
-        if ask is not None and ask.is_wanted:
+        if wire.read_ask(config, params.get("custom_params")).is_wanted:
             raise _too_many(size)
         async for response in responses:
             yield response

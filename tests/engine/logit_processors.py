@@ -35,4 +35,5 @@ def thinking_budget(start: int, end: int, newline: int) -> str:
         "THINKING_END_TOKEN_ID": end,
         "NEW_LINE_TOKEN_ID": newline,
     }
-    return str(type("Budget", (ThinkingBudgetLogitProcessor,), ids).to_str())
+    made: Any = type("Budget", (ThinkingBudgetLogitProcessor,), ids)
+    return str(made.to_str())

@@ -7,13 +7,16 @@ servers, on scripted tokens and with strict memory checks.
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.engine import scenario, test_groups, test_lazy
 from tests.engine.conftest import COMMON, MARKER
@@ -126,6 +129,23 @@ def half_a_group(server: Server, _: Any) -> None:
     ask(server, "D2: what is 2 + 2 =", 3, {"preset": "collect"})
 
 
+def held_back_streams(server: Server, _: Any) -> None:
+    """Chunks are deltas here, and a choice that `return: vote` held back is whole again."""
+    settings = {"deepprune": {**PAPER, "return": "vote"}}
+    said = {"model": "m", "prompt": PRUNE, "n": 8, "max_tokens": 400, "logprobs": 1,
+            "custom_params": settings}  # fmt: skip
+    text, num_logprobs, record = "", 0, None
+    for chunk in server.stream("/v1/completions", said):
+        record = (chunk.get("metadata") or {}).get("deepprune", record)
+        for choice in chunk["choices"]:
+            assert choice["index"] == 0
+            text += choice["text"]
+            num_logprobs += len((choice["logprobs"] or {}).get("tokens") or ())
+    assert text == scenario.PROMPTS[PRUNE][0]
+    assert record is not None and num_logprobs == record["choices"][0]["tokens"]
+    test_groups.test_return_filters_choices_but_not_the_usage(server, "survivors", [0, 1])
+
+
 MODES: dict[str, tuple[tuple[str, ...], dict[str, str], tuple[Check, ...]]] = {
     "page64-overlap": (("--page-size", "64"), {}, (freed_slots, exact_texts, streams)),
     "page1-chunked": (
@@ -134,6 +154,10 @@ MODES: dict[str, tuple[tuple[str, ...], dict[str, str], tuple[Check, ...]]] = {
     "page1-no-radix": (
         ("--disable-radix-cache", "--deepprune-group-timeout-s", "2"), {},
         (exact_texts, embeddings, half_a_group),
+    ),
+    "page1-incremental": (
+        ("--incremental-streaming-output", "--stream-interval", "4"), {},
+        (exact_texts, streams, held_back_streams),
     ),
     "page1-workers": (
         ("--tokenizer-worker-num", "2", "--detokenizer-worker-num", "2"),
@@ -162,7 +186,7 @@ def test_rows_that_decode_within_a_prefill_pass_are_siblings_too(tiny: Any, scri
     """`--enable-mixed-chunk`: others' prompts come in pieces, beside the group's decode rows."""
     flags = ("--enable-mixed-chunk", "--chunked-prefill-size", "16")
     with Server(tiny, *COMMON, *MARKER, *flags, env=scripts_env) as server:
-        stop, served = threading.Event(), []
+        stop, served = threading.Event(), list[Any]()
 
         def strangers() -> None:
             while not stop.is_set():
@@ -190,6 +214,30 @@ def test_rows_that_decode_within_a_prefill_pass_are_siblings_too(tiny: Any, scri
             stop.set()
             thread.join()
         assert served and re.search(r"Prefill batch.*#running-req: [1-9]", server.log)
+        server.wait_idle()
+        tables(server)
+
+
+def test_a_strict_thinking_budget_holds_for_each_sibling(tiny: Any, tmp_path: Path):
+    """`--enable-strict-thinking`: the budget is a grammar of SGLang's over the thinking."""
+    model = tmp_path / "thinker"
+    shutil.copytree(tiny, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    tokenizer.save_pretrained(model)
+    end = tokenizer.convert_tokens_to_ids("</think>")
+    flags = ("--enable-strict-thinking", "--reasoning-parser", "qwen3")
+    with Server(model, *COMMON, *flags) as server:
+        params = {"n": 6, "max_new_tokens": 24, "temperature": 1.0,
+                  "custom_params": {"deepprune": {"preset": "balanced"}}}  # fmt: skip
+        body = {"text": "hello", "sampling_params": params, "require_reasoning": True,
+                "max_thinking_tokens": 5}  # fmt: skip
+        reply = server.post("/generate", body)
+        assert reply.status_code == 200, reply.text
+        outputs = reply.json()
+        assert group_of(outputs)["size"] == 6
+        for output in outputs:
+            assert end in output["output_ids"][:7], output["output_ids"]
         server.wait_idle()
         tables(server)
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
-from sglang_deepprune.patches import server_args, tokenizer_manager
+from sglang_deepprune.patches import seams, server_args, tokenizer_manager
 from sglang_deepprune.patches.server_args import ATTRIBUTE, Carrier
 
 
@@ -117,3 +118,13 @@ def test_beams_and_who_has_opted_out_are_left_alone_whatever_their_number():
 def test_modes_that_nobody_has_run_are_named(flags: dict[str, Any], named: list[str]):
     args = SimpleNamespace(**{"device": "cpu", **flags})
     assert server_args.untested_modes(args) == named
+
+
+def test_dp_attention_is_refused_where_verdicts_reach_one_rank_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    args = SimpleNamespace(enable_dp_attention=True)
+    server_args.refuse_unproven_modes(args)
+    monkeypatch.setattr(seams, "sglang_version", lambda: Version("0.5.19"))
+    with pytest.raises(seams.SeamError, match="--enable-dp-attention before SGLang 0.5.21"):
+        server_args.refuse_unproven_modes(args)
