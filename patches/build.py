@@ -68,6 +68,8 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
         worker.meter = meter
         if worker.is_disabled:  # it could not load before the model
             meter.count(JUDGE_FAILURES, value=Failure.OFF)
+    if is_leader and getattr(scheduler.model_config, "is_multimodal", False):
+        logger.warning(server_args.UNTESTED, "a multimodal model")
     coordinator = Coordinator(
         config, decode, read=plain_decoder(tokenizer), judge=judge, fence=fence, meter=meter
     )

@@ -39,6 +39,8 @@ def refusal(server_args: Any) -> str:
     ):
         if getattr(server_args, name, None):
             return f"{what} keeps KV where a fork does not find it"
+    if (getattr(server_args, "attn_dp_size", 1) or 1) > 1:  # what `enable_dp_attention` has become
+        return "DP attention keeps KV where a fork does not find it"
     for owner, name, needs in (
         (Req, "init_next_round_input", ("self", "tree_cache")),
         (ReqToTokenPool, "alloc_rows", ("self", "need_size")),

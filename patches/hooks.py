@@ -316,6 +316,7 @@ def send_output(original: Callable[..., Any], self: Any, output: Any, recv_obj: 
 
 
 TABLE: dict[str, Callable[..., Any]] = {
+    "TokenizerManager.generate_request": tokenizer_manager.generate_request,
     "TokenizerManager._handle_batch_request": tokenizer_manager.handle_batch_request,
     "TokenizerManager._send_one_request": tokenizer_manager.send_one_request,
     "TokenizerManager._wait_one_response": tokenizer_manager.wait_one_response,

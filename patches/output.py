@@ -17,6 +17,12 @@ from sglang_deepprune.patches import wire
 from sglang_deepprune.policy import ABANDONED
 from sglang_deepprune.types import ChoiceRecord, GroupRecord
 
+# What a chunk of an incremental stream holds of its own tokens alone
+# (`tokenizer_manager._INCREMENTAL_STREAMING_META_INFO_KEYS`).
+_DELTAS = frozenset({
+    "output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs",
+    "output_token_sampling_mask", "output_token_sampling_logprobs",
+})  # fmt: skip
 RECORDS = "_deepprune_records"  # attribute of the request object that OpenAI handlers share
 
 
@@ -138,6 +144,9 @@ class Reply:
             for name in ("text", "output_ids"):
                 if response.get(name) is not None and known.get(name) is not None:
                     response[name] = known[name] + response[name]
+            before, now = known["meta_info"], response["meta_info"]
+            for name in _DELTAS & before.keys() & now.keys():
+                now[name] = before[name] + now[name]
         self.buffers[response["index"]] = response
 
 
@@ -186,6 +195,8 @@ def build_response(
     response.metadata = {**(response.metadata or {}), wire.KEY: metadata_of(records)}
     usage = getattr(response, "usage", None)
     is_filtered = len(outputs) < sum(record["size"] for record in records)
+    if is_filtered and len(records) > 1 and getattr(request, "echo", False):
+        _echo_again(self, request, response, outputs)
     if usage is not None and (request.n or 1) > 1 and is_filtered:
         # Fewer choices than siblings came back; all of them were generated.
         active = [record for record in records if record["active"]]
@@ -195,6 +206,16 @@ def build_response(
             usage.completion_tokens = sum(record["generated_tokens"] for record in records)
             usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
     return response
+
+
+def _echo_again(self: Any, request: Any, response: Any, outputs: list[dict[str, Any]]) -> None:
+    """SGLang takes choice i for one of prompt i // n, which no longer holds when choices are left
+    out: each kept choice begins with its own prompt. The first of each prompt has its record."""
+    prompts, prompt = self._prepare_echo_prompts(request), -1
+    for place, (choice, output) in enumerate(zip(response.choices, outputs, strict=True)):
+        prompt += "group" in (output["meta_info"].get(wire.KEY) or {})
+        echoed = prompts[place // request.n]
+        choice.text = prompts[prompt] + choice.text[len(echoed) :]
 
 
 def completion_stream(

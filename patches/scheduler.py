@@ -132,6 +132,7 @@ class Engine:
             group_id, tagged["index"], tagged["size"], wire.settings_of(tagged),
             req.sampling_params.max_new_tokens or 0,
             starts_in_reasoning=self._opens_thinking(req.origin_input_ids),
+            is_greedy=req.sampling_params.top_k == 1,  # what SGLang makes of temperature 0
             prompt_ids=req.origin_input_ids,
         )  # fmt: skip
         if admission is None:

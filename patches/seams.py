@@ -65,6 +65,9 @@ PARSER = (
 )  # fmt: skip
 
 TOKENIZER = (
+    Seam(f"{_MANAGERS}.tokenizer_manager", "TokenizerManager.generate_request", _A,
+         "refuses more siblings than a group can have before SGLang makes n copies of the inputs",
+         ("self", "obj", "request"), "obj.sampling_params"),
     Seam(f"{_MANAGERS}.tokenizer_manager", "TokenizerManager._handle_batch_request", _A,
          "knows an n>1 request before it is fanned out; shapes its reply",
          ("self", "obj", "request"), "obj.parallel_sample_num, batch_size, sampling_params, rid"),

@@ -30,6 +30,10 @@ from sglang_deepprune.probing import is_probe
 
 logger = logging.getLogger(__name__)
 
+UNTESTED = (
+    "deepprune has not been run with %s yet (docs/modes.md); --deepprune-default opt-in leaves all "
+    "requests alone that do not ask for it"
+)
 ATTRIBUTE = "_deepprune"  # underscore names stay writable on every ServerArgs since 0.5.15
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _FRONT_MODULES = ("sglang.srt.entrypoints.http_server", "sglang.srt.entrypoints.engine")
@@ -156,6 +160,9 @@ def _attach(server_args: Any, values: dict[str, Any]) -> None:
         why = refusal(server_args)
         if why:
             raise ConfigError("judge", f"probe does not work here: {why}")
+    untested = untested_modes(server_args)
+    if untested:
+        logger.warning(UNTESTED, " and ".join(untested))
     setattr(server_args, ATTRIBUTE, Carrier(config))
     activate(config, everywhere=True)
 
@@ -193,6 +200,8 @@ def refusals(server_args: Any) -> list[str]:
          "--disaggregation-mode: prefill/decode disaggregation moves KV between servers"),
         (int(getattr(server_args, "pp_size", 1) or 1) > 1,
          "--pp-size: pipeline stages see a verdict at different steps; use 1"),
+        (bool(getattr(server_args, "enable_pdmux", False)),
+         "--enable-pdmux: its loop runs prefill and decode side by side"),
         (bool(getattr(server_args, "dllm_algorithm", None)),
          "--dllm-algorithm: diffusion LLMs have no decode step to stop at"),
         (bool(getattr(server_args, "enable_streaming_session", False)),
@@ -205,6 +214,29 @@ def refusals(server_args: Any) -> list[str]:
     )  # fmt: skip
     start = "--enable-deepprune does not work yet with"
     return [f"{start} {sentence}" for applies, sentence in modes if applies]
+
+
+def untested_modes(server_args: Any) -> list[str]:
+    """What of this server nobody has run with the plugin yet: docs/modes.md has the reasons."""
+    width = max(getattr(server_args, "attn_dp_size", 1) or 1, 1)
+    modes = (
+        (_runs_on_cuda(server_args), "a GPU"),
+        (getattr(server_args, "enable_lora", None) or getattr(server_args, "lora_paths", None),
+         "--enable-lora"),
+        (getattr(server_args, "speculative_algorithm", None), "--speculative-algorithm"),
+        (getattr(server_args, "enable_deterministic_inference", False)
+         or getattr(server_args, "rl_on_policy_target", None), "--enable-deterministic-inference"),
+        (width > 1 or getattr(server_args, "enable_dp_attention", False), "--attn-dp-size"),
+        (getattr(server_args, "enable_hierarchical_cache", False), "--enable-hierarchical-cache"),
+    )  # fmt: skip
+    return [name for applies, name in modes if applies]
+
+
+def _runs_on_cuda(server_args: Any) -> bool:
+    import torch
+
+    device = getattr(server_args, "device", None)
+    return device == "cuda" or (device is None and torch.cuda.is_available())
 
 
 _activated: list[seams.Seam] = []

@@ -63,6 +63,45 @@ _RANKS = RankBook()
 _BY_STEM: dict[str, Fan] = {}  # the user's rid of an n>1 request -> its fan
 
 
+def generate_request(
+    original: Callable[..., Any], self: Any, obj: Any, request: Any = None, *rest: Any
+) -> Any:
+    """AROUND `generate_request`: SGLang makes n copies of every input before anybody looks at n
+    (`GenerateReqInput._normalize_batch_inputs`): with n=2147483647 the server is out of memory."""
+    config = config_of(self.server_args)
+    params = getattr(obj, "sampling_params", None)
+    first: Any = params[0] if isinstance(params, list) and params else params
+    responses = original(self, obj, request, *rest)
+    if config is None or not isinstance(first, dict):
+        return responses
+    size = first.get("n")
+    if not isinstance(size, int) or size <= wire.MOST_SIBLINGS or _is_beam(first):
+        return responses
+    return _refused(responses, config, first, size)
+
+
+async def _refused(
+    responses: Any, config: DeepPruneConfig, params: dict[str, Any], size: int
+) -> AsyncIterator[Any]:
+    """A 400 for a request of which something is wanted; all others are SGLang's to answer."""
+    try:
+        if wire.read_ask(config, params.get("custom_params")).is_wanted:
+            raise _too_many(size)
+        async for response in responses:
+            yield response
+    finally:
+        await responses.aclose()
+
+
+def _too_many(size: int) -> ConfigError:
+    return ConfigError("n", f"at most {wire.MOST_SIBLINGS} siblings a group, got {size}")
+
+
+def _is_beam(params: dict[str, Any]) -> bool:
+    """n is then the number of beams that come back; nobody is fanned out."""
+    return (params.get("beam_width") or 1) > 1
+
+
 def handle_batch_request(
     original: Callable[..., Any], self: Any, obj: Any, request: Any = None, *rest: Any
 ) -> Any:
@@ -77,7 +116,7 @@ async def _serve(
     original: Callable[..., Any], self: Any, obj: Any, request: Any, rest: Any, fan: Fan
 ) -> AsyncIterator[Any]:
     _FAN.set(fan)
-    num_ranks = self.server_args.dp_size
+    num_ranks = _num_ranks(self)
     if num_ranks > 1:
         fan.ranks = [
             _RANKS.take(num_ranks, fan.num_siblings) if ask.is_wanted else None for ask in fan.asks
@@ -123,13 +162,12 @@ def _fan_of(self: Any, obj: Any) -> Fan | None:
     for index, (ask, one) in enumerate(zip(asks, each, strict=True)):
         if ask.group:
             raise ConfigError("group", "an n>1 request is a group of its own; send n=1 requests")
-        if not ask.is_explicit and ((one or {}).get("ignore_eos") or _is_session(obj)):
-            # A benchmark that forces lengths, or a session, is pruned only when it asks for it.
+        if not ask.is_explicit and _is_left_alone(self, obj, one or {}):
             asks[index] = wire.Ask(is_wanted=False, is_explicit=False)
     if not any(ask.is_wanted or ask.is_explicit for ask in asks):
         return None
     if size > wire.MOST_SIBLINGS:
-        raise ConfigError("n", f"at most {wire.MOST_SIBLINGS} siblings a group, got {size}")
+        raise _too_many(size)
     fan = Fan(obj.batch_size, size, asks, _stems_of(obj), token_of(self.server_args))
     fan.group_ids = [uuid.uuid4().hex for _ in range(obj.batch_size)]
     fan.ranks = [None] * obj.batch_size
@@ -147,8 +185,22 @@ def _asks_of(config: DeepPruneConfig, each: list[Any]) -> list[wire.Ask]:
     return asks
 
 
-def _is_session(obj: Any) -> bool:
-    return getattr(obj, "session_params", None) is not None
+def _num_ranks(self: Any) -> int:
+    """Ranks with a queue of their own. Since 0.5.23 attention-DP groups (`--attn-dp-size`) are not
+    counted by `dp_size`; SGLang's own number has both."""
+    return int(getattr(self, "elastic_worker_count", 0) or self.server_args.dp_size)
+
+
+def _is_left_alone(self: Any, obj: Any, params: dict[str, Any]) -> bool:
+    """A benchmark that forces lengths, or a session, is pruned only when it asks for it."""
+    if params.get("ignore_eos") or getattr(obj, "session_params", None) is not None:
+        return True
+    # A session that lives in the radix tree wants what its requests leave there.
+    is_pinned = getattr(self.server_args, "enable_session_radix_cache", False)
+    if is_pinned and getattr(obj, "session_id", None) is not None:
+        return True
+    fewest, most = params.get("min_new_tokens") or 0, params.get("max_new_tokens")
+    return most is not None and 0 < most <= fewest
 
 
 def _stems_of(obj: Any) -> list[str]:
@@ -170,7 +222,7 @@ def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any
             rank, tagged = fan.next_tag(tokenized_obj.rid)
         else:
             tagged = _client_side_tag(self, tokenized_obj)
-            rank, num_ranks = None, self.server_args.dp_size
+            rank, num_ranks = None, _num_ranks(self)
             if tagged is not None and num_ranks > 1:
                 rank = rank_of_name(num_ranks, tagged["gid"])
         # A rank that the user named stays.

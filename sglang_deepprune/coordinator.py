@@ -82,6 +82,10 @@ class Fork:
 Action = Stop | Start | Fork
 Item = TypeVar("Item")
 
+_GREEDY = (
+    "deepprune: the siblings of a group at temperature 0 are one and the same trace; what stopping "
+    "them spares is not counted as saved"
+)
 _PROMPT_TOKENS = 2048  # about a millisecond to decode, once a group
 _PROMPT_CHARS = 16_384
 
@@ -162,6 +166,7 @@ class Coordinator:
         self._num_renewals = 0
         self._num_awaited = 0  # see MOST_AWAITED
         self._next_read = ""  # the group at which the last step ran out of tokens to read
+        self._told_greedy = False
         self._asked: dict[int, FenceResult] = {}  # fence ticket -> the question, unanswered
         self._failed: list[Command] = []  # what could not even be asked
         self._abandoned: deque[str] = deque(maxlen=1024)  # groups that late siblings must not renew
@@ -185,13 +190,15 @@ class Coordinator:
         max_new_tokens: int,
         *,
         starts_in_reasoning: bool = False,
+        is_greedy: bool = False,
         prompt_ids: Sequence[int] = (),
     ) -> Admission | None:
         """A sibling arrives. None: its group was abandoned, is over or full, or there are too many
         of them: it is a plain request.
 
         `starts_in_reasoning`: the prompt has opened the think block, so a trace without marks is
-        all thinking. `prompt_ids`: read once a group, if a judge asks for its text.
+        all thinking. `is_greedy`: it samples at temperature 0. `prompt_ids`: read once a group, if
+        a judge asks for its text.
         """
         run = self.runs.get(group_id)
         if run is None and group_id in self._abandoned:
@@ -205,6 +212,10 @@ class Coordinator:
         if run is None:
             run = self._open(group_id, index, size, settings, max_new_tokens)
             run.starts_in_reasoning = starts_in_reasoning
+            run.group.is_greedy = is_greedy
+            if is_greedy and not self._told_greedy:
+                self._told_greedy = True
+                logger.warning(_GREEDY)
             if self.judge is not None and run.group.config.is_judged:
                 run.prompt = self._prompt(prompt_ids)
         group = run.group

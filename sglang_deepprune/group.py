@@ -85,6 +85,7 @@ class Group:
     is_decided: bool = False
     is_released: bool = False  # runs to its end untouched: open-ended, or of two weight versions
     is_closed: bool = False  # accepts no further members
+    is_greedy: bool = False  # at temperature 0: its siblings are one and the same trace
     reason: str = ""
 
     def __post_init__(self) -> None:

@@ -26,7 +26,8 @@ def choice_of(sibling: Sibling) -> ChoiceRecord:
 
 
 def record_of(group: Group, max_new_tokens: int, *, is_settled: bool) -> GroupRecord:
-    """The group as of now. `saved_tokens_at_most`: had each stopped sibling run to its limit."""
+    """The group as of now. `saved_tokens_at_most`: had each stopped sibling run to its limit; none
+    where all would have said the same anyway."""
     counts = group.tally.counts()
     siblings = [group.siblings[index] for index in sorted(group.siblings)]
     leader = counts[0] if counts else None
@@ -51,7 +52,9 @@ def record_of(group: Group, max_new_tokens: int, *, is_settled: bool) -> GroupRe
         judge_tokens=group.judge_tokens,
         clusters=tuple(tuple(cluster) for cluster in group.clusters),
         generated_tokens=group.generated_tokens,
-        saved_tokens_at_most=sum(
+        saved_tokens_at_most=0
+        if group.is_greedy
+        else sum(
             max(0, max_new_tokens - sibling.num_tokens)
             for sibling in siblings
             if sibling.state in _STOPPED

@@ -24,13 +24,19 @@ COMMON = (
 )  # fmt: skip
 MARKER = ("--deepprune-judge", "python:tests.marker_judge:make", "--deepprune-judge-deadline-ms",
           "1500")  # fmt: skip
+# The first takes what single requests may ask for where a server lets them, see test_shapes.py.
 CONFIGS: dict[str, tuple[str, ...]] = {
-    "page1-overlap": ("--enable-metrics",),  # test_metrics.py
+    "page1-overlap": (
+        "--enable-custom-logit-processor", "--enable-return-hidden-states",
+        "--enable-metrics", "--tool-call-parser", "qwen25", "--constrained-json-disable-any-whitespace",
+    ),
     "page16-no-overlap": (
         "--page-size", "16", "--disable-overlap-schedule", "--max-running-requests", "8",
         "--reasoning-parser", "qwen3",
     ),
 }  # fmt: skip
+# Between SGLang's processes go pickles, as is the default, or its own typed messages.
+ENVIRONMENTS = {"page16-no-overlap": {"SGLANG_USE_PICKLE_IPC": "0"}}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,7 +71,8 @@ def scripts_env(tiny: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session", params=list(CONFIGS))
 def scripted(request: pytest.FixtureRequest, tiny: Path, scripts_env: Any) -> Iterator[Server]:
     """A server on scripted tokens, in each of CONFIGS."""
-    with Server(tiny, *COMMON, *MARKER, *CONFIGS[request.param], env=scripts_env) as server:
+    env = {**scripts_env, **ENVIRONMENTS.get(request.param, {})}
+    with Server(tiny, *COMMON, *MARKER, *CONFIGS[request.param], env=env) as server:
         server.name = request.param
         yield server
 

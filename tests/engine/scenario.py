@@ -80,6 +80,35 @@ PROMPTS: dict[str, list[str]] = {
     ],
     "mixed: differ": [trace("ABC"[i % 3], 18 + 2 * i, str(i), i % 4) for i in range(12)],
     "mixed: silent": [trace("A", 20 + 2 * i, None, i % 3) for i in range(6)],
+    # Prompts without one right answer, or with one in the prompt alone.
+    "poem: write of the moon": [
+        f"The moon has set, and {bird} reply to what the wind is singing by."
+        for bird in ("owls", "crows", "swans", "rooks", "larks", "wrens")
+    ],
+    "code: write a function that adds": [
+        f"Sure:\n```python\ndef add({a}, {b}):\n    return {a} + {b}\n```\n"
+        for a, b in ("ab", "xy", "pq", "uv", "mn", "st")
+    ],
+    "proof: show that the square of an even number is even": [
+        f"Let {k} be half of n. Then n^2 = 4{k}^2, which is even. This completes the proof."
+        for k in "kmprst"
+    ],
+    "all: show all pairs of numbers whose sum is 5": [
+        trace("A", 24 + 6 * turn, pair, turn)
+        for turn, pair in enumerate(["(1, 4)", "(1, 4)", "(1, 4)", "(2, 3)", "(0, 5)", "(2, 3)"])
+    ],
+    "box: my answer is \\boxed{42}, put yours into \\boxed{}": [
+        trace("A", 20 + turn, None, turn) for turn in range(4)
+    ],
+    # The template has opened the thinking: what is boxed there is no answer of a cut trace.
+    "open: what is 2 * 2 = <think>\n": [
+        f"so \\boxed{{9}}, {trace('A', 40 + turn, None)}</think> \\boxed{{4}}" for turn in range(4)
+    ],
+    "marks: kimi": ["◁think▷so \\boxed{9}◁/think▷ \\boxed{4}"] * 4,
+    "marks: channels": [
+        "<|channel|>analysis<|message|>so \\boxed{9}<|channel|>final<|message|>\\boxed{4}"
+    ] * 4,
+    "marks: none": ["plainly \\boxed{4}"] * 4,
     # Equal after sympy only: the fence decides, and the last output waits for it.
     "fence: expand": [
         "<A> so \\boxed{(x+1)^2}", "<A> so \\boxed{x^2+2x+1}", "<A> so \\boxed{x^2+x+1}",

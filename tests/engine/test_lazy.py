@@ -16,7 +16,7 @@ from packaging.version import Version
 from sglang_deepprune.patches import seams
 from tests.engine import scenario
 from tests.engine.server import Server
-from tests.engine.test_groups import DECIDE, ask, group_of, states
+from tests.engine.test_groups import DECIDE, ask, group_of, page_of, states
 
 DISAGREE = "lazy: what is 6 + 6 ="
 LONG = "D3: count"
@@ -45,7 +45,7 @@ def test_a_question_without_agreement_runs_all_its_siblings(scripted: Server):
     assert states(outputs) == ["finished"] * 12
     for index, output in enumerate(outputs):  # in order, and each on its own script
         assert output["text"] == scenario.PROMPTS[DISAGREE][index]
-        page = 16 if "page16" in scripted.name else 1
+        page = page_of(scripted)
         prompt = output["meta_info"]["prompt_tokens"]
         assert output["meta_info"]["cached_tokens"] >= prompt - page
     assert len(group_of(outputs)["votes"]) == 12

@@ -17,11 +17,13 @@ from tests.engine.test_groups import PAPER, PRUNE, states
 
 PARSE = """
 import json, sys
+sys.stderr = sys.stdout
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 load_plugins()
 from sglang.srt.server_args import prepare_server_args
 for argv in json.loads(sys.argv[1]):
+    print("ARGV", flush=True)
     try:
         args = prepare_server_args(["--model-path", {model!r}, "--device", "cpu", *argv])
         print("ok", hasattr(args, "_deepprune"), sorted(HookRegistry._patched), flush=True)
@@ -30,45 +32,103 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
-def parse(tiny: Path, *argvs: list[str], env: dict[str, str] | None = None) -> list[str]:
-    """What SGLang's own parser makes of each argument list, in one fresh process."""
+def parse(tiny: Path, *argvs: list[str], env: dict[str, str] | None = None) -> list[list[str]]:
+    """What SGLang's own parser says to each argument list, in one fresh process."""
     done = subprocess.run(
         [sys.executable, "-c", PARSE.format(model=str(tiny)), json.dumps(argvs)],
-        env=cpu_env(env), capture_output=True, text=True, timeout=120,
+        env=cpu_env(env), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
-    return (done.stdout + done.stderr).splitlines()
+    said = [part.splitlines() for part in done.stdout.split("ARGV\n")[1:]]
+    assert len(said) == len(argvs), done.stdout[-2000:] + done.stderr[-2000:]
+    return said
 
 
 def test_flag_off_hooks_the_parser_and_nothing_else(tiny: Path):
-    (line,) = [line for line in parse(tiny, []) if line.startswith("ok")]
+    (said,) = parse(tiny, [])
+    (line,) = [line for line in said if line.startswith("ok")]
     assert line.startswith("ok False")
     assert line.count("sglang.srt.") == 2
     assert "ServerArgs.add_cli_args" in line and "ServerArgs.from_cli_args" in line
 
 
-@pytest.mark.parametrize(
-    ("env", "argv", "sentence"),
-    [
-        ({}, ["--pp-size", "2"], "--pp-size"),
-        ({}, ["--disaggregation-mode", "prefill"], "--disaggregation-mode"),
-        ({}, ["--enable-streaming-session"], "--enable-streaming-session"),
-        ({}, ["--dllm-algorithm", "LowConfidence"], "--dllm-algorithm"),
-        ({}, ["--skip-tokenizer-init"], "--skip-tokenizer-init"),
-        ({"SGLANG_RUST_SERVER": "1"}, [], "SGLANG_RUST_SERVER"),
-        ({}, ["--deepprune-window", "0"], "deepprune.window: expected 1 to 4096, got 0"),
-        ({}, ["--deepprune-judge", "nobody"], "deepprune.judge: unknown judge 'nobody'"),
-        ({}, ["--deepprune-judge", "oracle:/no/such/file"], "deepprune.judge"),
-    ],
-)
-def test_what_is_not_proven_is_refused_with_one_sentence(tiny: Path, env, argv, sentence: str):
-    lines = parse(tiny, ["--enable-deepprune", *argv], env=env)
-    assert "exit 2" in lines
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "pipeline": (["--pp-size", "2"], "--pp-size: pipeline stages see a verdict at different steps"),
+    "prefill": (
+        ["--disaggregation-mode", "prefill"],
+        "--disaggregation-mode: prefill/decode disaggregation moves KV between servers",
+    ),
+    "decode": (["--disaggregation-mode", "decode"], "--disaggregation-mode"),
+    "pdmux": (["--enable-pdmux"], "--enable-pdmux: its loop runs prefill and decode side by side"),
+    "streaming-session": (
+        ["--enable-streaming-session"],
+        "--enable-streaming-session: such sessions keep the KV row of a finished request",
+    ),
+    "dllm": (
+        ["--dllm-algorithm", "LowConfidence"],
+        "--dllm-algorithm: diffusion LLMs have no decode step to stop at",
+    ),
+    "skip-tokenizer-init": (
+        ["--skip-tokenizer-init"],
+        "--skip-tokenizer-init: answers are read from text, so a tokenizer is needed",
+    ),
+    "probe-speculative": (
+        ["--deepprune-judge", "probe", "--speculative-algorithm", "NGRAM"],
+        "deepprune.judge: probe does not work here: ",
+    ),
+    "window": (["--deepprune-window", "0"], "deepprune.window: expected 1 to 4096, got 0"),
+    "judge": (["--deepprune-judge", "nobody"], "deepprune.judge: unknown judge 'nobody'"),
+    "oracle": (["--deepprune-judge", "oracle:/no/such/file"], "deepprune.judge"),
+}
+NEVER_RUN: dict[str, tuple[list[str], str]] = {
+    "lora": (
+        ["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj"],
+        "--enable-lora",
+    ),
+    "speculative": (["--speculative-algorithm", "NGRAM"], "--speculative-algorithm"),
+    "deterministic": (["--enable-deterministic-inference"], "--enable-deterministic-inference"),
+    "hicache": (["--enable-hierarchical-cache"], "--enable-hierarchical-cache"),
+    "two": (
+        ["--enable-hierarchical-cache", "--speculative-algorithm", "NGRAM"],
+        "--speculative-algorithm and --enable-hierarchical-cache",
+    ),
+    "plain": ([], ""),
+}
+
+
+@pytest.fixture(scope="module")
+def said(tiny: Path) -> dict[str, list[str]]:
+    """What a start with each of these says. SGLang's imports take most of it: one process."""
+    both = {**REFUSED, **NEVER_RUN}
+    lines = parse(tiny, *(["--enable-deepprune", *argv] for argv, _ in both.values()))
+    return dict(zip(both, lines, strict=True))
+
+
+def is_refusal(lines: list[str], sentence: str) -> bool:
     errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1 and sentence in errors[0]
+    return "exit 2" in lines and len(errors) == 1 and sentence in errors[0]
+
+
+@pytest.mark.parametrize("mode", list(REFUSED))
+def test_what_is_not_proven_is_refused_with_one_sentence(said: dict[str, list[str]], mode: str):
+    assert is_refusal(said[mode], REFUSED[mode][1]), said[mode]
+
+
+def test_the_rust_front_end_is_refused_with_one_sentence(tiny: Path):
+    (lines,) = parse(tiny, ["--enable-deepprune"], env={"SGLANG_RUST_SERVER": "1"})
+    assert is_refusal(lines, "SGLANG_RUST_SERVER: the Rust front end has none of our Python hooks")
+
+
+@pytest.mark.parametrize("mode", list(NEVER_RUN))
+def test_what_was_never_run_is_named_once_at_start(said: dict[str, list[str]], mode: str):
+    lines, named = said[mode], NEVER_RUN[mode][1]
+    assert any(line.startswith("ok True") for line in lines), lines[-3:]
+    found = [line for line in lines if "deepprune has not been run with" in line]
+    assert len(found) == bool(named)
+    assert all(f"has not been run with {named} yet" in line for line in found)
 
 
 def test_where_the_plugin_is_not_loaded_the_flag_is_unknown(tiny: Path):
-    lines = parse(tiny, ["--enable-deepprune"], env={"SGLANG_PLUGINS": "someone_else"})
+    (lines,) = parse(tiny, ["--enable-deepprune"], env={"SGLANG_PLUGINS": "someone_else"})
     assert "exit 2" in lines
     assert any("unrecognized arguments: --enable-deepprune" in line for line in lines)
 
@@ -93,8 +153,22 @@ def test_serve_with_yaml_and_two_tokenizer_processes(tiny: Path, scripts_env: An
 
 
 ENGINE = """
-import json, sys
+import asyncio, json, sys
 import sglang
+
+
+async def asynchronous(engine, prompt, settings):
+    # Two calls at once, and a stream.
+    params = {"n": 8, "max_new_tokens": 400, "temperature": 1.0,
+              "custom_params": {"deepprune": settings}}
+    both = await asyncio.gather(*(engine.async_generate(prompt, params) for _ in range(2)))
+    for outputs in both:
+        print("ASYNC", json.dumps(outputs))
+    last = {}
+    async for chunk in await engine.async_generate(prompt, params, stream=True):
+        last[chunk["index"]] = chunk
+    print("STREAM", json.dumps([last[index] for index in range(8)]))
+
 
 if __name__ == "__main__":
     model, prompt, settings, flags = json.loads(sys.argv[1])
@@ -103,6 +177,7 @@ if __name__ == "__main__":
     outputs = engine.generate(prompt, {"n": 8, "max_new_tokens": 400, "temperature": 1.0,
                                        "custom_params": {"deepprune": settings}})
     print("RESULT", json.dumps(outputs))
+    engine.loop.run_until_complete(asynchronous(engine, prompt, settings))
     try:
         sglang.Engine(model_path=model, enable_deepprune=True, deepprune_window=0, **flags)
     except Exception as error:
@@ -126,10 +201,19 @@ def test_engine_takes_the_settings_as_keywords(tiny: Path, scripts_env: Any, tmp
         [sys.executable, str(script), json.dumps([str(tiny), PRUNE, PAPER, flags])],
         env=cpu_env(scripts_env), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
-    (result,) = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    outputs = json.loads(result)
-    assert states(outputs) == ["finished", "finished", *["pruned"] * 6]
-    assert [output["text"] for output in outputs[:2]] == scenario.PROMPTS[PRUNE][:2]
+    lines = done.stdout.splitlines()
+    found = {
+        kind: [
+            json.loads(line.removeprefix(f"{kind} "))
+            for line in lines
+            if line.startswith(f"{kind} ")
+        ]
+        for kind in ("RESULT", "ASYNC", "STREAM")
+    }
+    assert [len(some) for some in found.values()] == [1, 2, 1], done.stderr[-2000:]
+    for outputs in found["RESULT"] + found["ASYNC"] + found["STREAM"]:
+        assert states(outputs) == ["finished", "finished", *["pruned"] * 6]
+        assert [output["text"] for output in outputs[:2]] == scenario.PROMPTS[PRUNE][:2]
     assert "REFUSED deepprune.window: expected 1 to 4096, got 0" in done.stdout
 
 

@@ -30,6 +30,14 @@ class FakeHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def send_page(self, page: bytes) -> None:
+        """HTTP 200 with what is no JSON, as a proxy in between may answer."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
     def log_message(self, *_: Any) -> None:
         pass
 

@@ -103,6 +103,20 @@ def test_three_equal_votes_of_eight_decide_and_stop_the_rest():
     assert c.is_idle
 
 
+def test_greedy_siblings_save_nothing_and_that_is_said_once(caplog: pytest.LogCaptureFixture):
+    c = coordinator(preset="latency")
+    for group_id in ("g", "h"):
+        for index in range(8):
+            c.admit(group_id, index, 8, {}, 100, is_greedy=True)
+        for index in range(3):
+            end(c, index, 1, group_id)
+        for index in range(3, 8):
+            retired = c.retire(group_id, index, State.DECIDED, 10)
+        assert retired is not None and retired.group is not None
+        assert retired.group.answer == "1" and retired.group.saved_tokens_at_most == 0
+    assert caplog.text.count("at temperature 0 are one and the same trace") == 1
+
+
 def test_a_sibling_votes_and_retires_once():
     c = coordinator(preset="collect")
     fill(c, 2)

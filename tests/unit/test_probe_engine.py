@@ -60,7 +60,9 @@ def test_a_sibling_is_wished_for_once():
 @pytest.mark.parametrize(
     ("mode", "named"),
     [({"speculative_algorithm": "EAGLE"}, "speculative decoding"),
-     ({"enable_hierarchical_cache": True}, "hierarchical cache"), ({}, "")],
+     ({"enable_hierarchical_cache": True}, "hierarchical cache"),
+     ({"enable_dp_attention": True}, "DP attention"), ({"attn_dp_size": 2}, "DP attention"),
+     ({"attn_dp_size": 1}, ""), ({}, "")],
 )  # fmt: skip
 def test_modes_in_which_a_fork_would_not_find_the_kv_are_refused(
     mode: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
@@ -73,6 +75,36 @@ def test_modes_in_which_a_fork_would_not_find_the_kv_are_refused(
     assert named in why and bool(why) is bool(named)
     monkeypatch.setattr(seams, "sglang_version", lambda: Version("0.5.21"))
     assert "needs SGLang 0.5.23" in fork.refusal(SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "named"),
+    [({"is_hybrid_swa": True}, "hybrid caches"), ({"is_hybrid_ssm": True}, "hybrid caches"),
+     ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, "encoder-decoder"), ({}, "")],
+)  # fmt: skip
+def test_caches_and_models_that_a_fork_cannot_share_are_never_probed(
+    scheduler: dict[str, Any], named: str
+):
+    plain = {"is_hybrid_swa": False, "is_hybrid_ssm": False,
+             "tree_cache": SimpleNamespace(supports_mamba=lambda: False),
+             "model_config": SimpleNamespace(is_encoder_decoder=False)}  # fmt: skip
+    why = probe._runtime_refusal(SimpleNamespace(**{**plain, **scheduler}))
+    assert named in why and bool(why) is bool(named)
+
+
+@pytest.mark.parametrize(
+    ("sibling", "shared"),
+    [({}, 16), ({"multimodal_inputs": object()}, 0), ({"input_embeds": [[0.1]]}, 0),
+     ({"is_retracted": True}, 0), ({"to_finish": object()}, 0), ({"output_ids": []}, 0)],
+)  # fmt: skip
+def test_a_sibling_of_images_or_embeddings_cannot_be_forked(sibling: dict[str, Any], shared: int):
+    probes = make()
+    probes.scheduler.token_to_kv_pool_allocator = SimpleNamespace(page_size=8)
+    plain = {"finished": lambda: False, "to_finish": None, "is_retracted": False,
+             "kv": SimpleNamespace(holds_kv=True, kv_committed_len=20),
+             "origin_input_ids": [1] * 12, "output_ids": [2] * 9, "multimodal_inputs": None,
+             "input_embeds": None}  # fmt: skip
+    assert probes._num_shared(SimpleNamespace(**{**plain, **sibling})) == shared
 
 
 def ids_of(text: str) -> list[int]:

@@ -49,7 +49,10 @@ class Handler(FakeHandler):
         scores = [[1 / len(item), 1 - 1 / len(item)] for item in body["items"]]
         reply = self.server.reply if self.server.reply is not None else {"scores": scores}
         elsewhere = {"Location": f"{self.server.url}/get_model_info"} if status == 302 else {}
-        self.send_json(status, reply, **elsewhere)
+        if isinstance(reply, bytes):
+            self.send_page(reply)
+        else:
+            self.send_json(status, reply, **elsewhere)
 
 
 @pytest.fixture
@@ -104,7 +107,9 @@ def test_what_will_not_get_better_is_not_asked_again(fake: Fake, status: int):
 
 
 @pytest.mark.parametrize("reply", [{}, {"scores": []}, {"scores": [[2.0, -1.0]]}, [1],
-                                   {"scores": [["x", 0]]}, {"scores": [[None, 0]]}])  # fmt: skip
+                                   {"scores": [["x", 0]]}, {"scores": [[None, 0]]},
+                                   {"scores": [[float("nan"), 0.5]]}, b"",
+                                   b"<html><body>502 Bad Gateway</body></html>"])  # fmt: skip
 def test_a_reply_that_is_no_probability_is_an_error(fake: Fake, reply: Any):
     judge = RemoteJudge(fake.url)
     fake.reply = reply

@@ -100,6 +100,35 @@ def test_a_stream_that_returns_the_vote_says_nothing_before_the_end():
     assert getattr(obj, output.RECORDS)[0]["winner"] == 2
 
 
+def test_an_incremental_stream_joins_the_log_probabilities_of_what_it_held_back():
+    shape, obj = output.Reply(1, [ask("vote")], is_incremental=True), SimpleNamespace()
+    sent: list[dict[str, Any]] = []
+    for place, is_end in enumerate((False, False, True)):
+        chunk = reply(0, group(["finished"]) if is_end else None, end=is_end)
+        chunk["meta_info"]["output_token_logprobs"] = [place]
+        chunk["output_ids"] = [place + 7]
+        sent += shape.piece(chunk, obj)
+    (whole,) = sent
+    assert whole["output_ids"] == [7, 8, 9] and whole["text"] == "text 0" * 3
+    assert whole["meta_info"]["output_token_logprobs"] == [0, 1, 2]
+
+
+def test_a_filtered_reply_echoes_each_choices_own_prompt():
+    """As SGLang builds it, choice i belongs to prompt i // n; here each prompt has kept one."""
+    prompts = ["first ", "second one "]
+
+    def original(self: Any, request: Any, ret: Any, created: int) -> Any:
+        texts = [prompts[place // request.n] + out["text"] for place, out in enumerate(ret)]
+        choices = [SimpleNamespace(text=text) for text in texts]
+        return SimpleNamespace(choices=choices, metadata=None, usage=None)
+
+    outputs = [reply(index, group(["finished", "pruned"])) for index in (0, 2)]
+    server = SimpleNamespace(_prepare_echo_prompts=lambda request: prompts)
+    request = SimpleNamespace(n=2, echo=True)
+    response = output.build_response(original, server, request, outputs, 0)
+    assert [choice.text for choice in response.choices] == ["first text 0", "second one text 2"]
+
+
 def test_a_vote_without_a_winner_returns_a_finished_choice():
     outputs = [reply(0), reply(1, group(STATES, winner=None)), reply(2)]
     shaped = output.Reply(3, [ask("vote")]).whole(outputs, SimpleNamespace())
