@@ -1,9 +1,14 @@
 """The one table of everything we hook in SGLang, and the checks that it still fits.
 
-A seam is a row: target, kind, why, versions, parameters we rely on, what we read from it. `install`
-registers the rows with SGLang's HookRegistry; `check` resolves each row, compares its parameters
-and reads it back from the registry, because SGLang only logs a hook that fails to apply
-(`plugins/hook_registry.py::apply_hooks`). A mismatch is a SeamError with one sentence.
+A seam is a row: target, kind, why, versions, parameters we rely on, what we read from it. `check`
+resolves each row, compares its parameters, and reads our hook back from what stands there; a
+mismatch is a SeamError with one sentence.
+
+Other plugins may hook the same functions. SGLang applies all hooks of a function at once, when all
+plugins are loaded, and passes over a function that was patched before
+(`plugins/hook_registry.py::HookRegistry.apply_hooks`). So what has to be there from the start is
+left to SGLang (`register`), and what comes with the flag is wrapped around whatever stands there
+by then (`install`) and leaves no mark in the registry: whoever comes later is applied as well.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from packaging.version import Version
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 OLDEST, NEWEST = "0.5.15", "0.5.23"
 WINDOW = f"SGLang {OLDEST} to {NEWEST}"
@@ -153,6 +158,10 @@ SCHEDULER = (
 )  # fmt: skip
 
 
+_SOURCE = HookSource("deepprune", "sglang-deepprune")  # what SGLang's log calls us
+_installed: dict[tuple[str, Callable[..., Any]], Any] = {}  # (target, hook) -> our wrapper
+
+
 def table() -> str:
     """The seam table as Markdown; docs/design.md holds it, and a test compares the two."""
     lines = ["| seam | kind | versions | why | reads |", "| --- | --- | --- | --- | --- |"]
@@ -184,20 +193,23 @@ def rows(seams: Sequence[Seam]) -> tuple[Seam, ...]:
     return tuple(seam for seam in seams if seam.is_in(sglang))
 
 
-def install(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]]) -> None:
-    """Register and apply rows; `hooks` maps a row's `name` to our function.
-
-    A target that another plugin has patched already is skipped by `apply_hooks`, so its row is
-    wrapped around whatever stands there now.
-    """
-    before = set(HookRegistry._patched)
-    wanted = [seam for seam in rows(seams) if not _holds(seam, hooks[seam.name])]
-    for seam in wanted:
+def register(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]]) -> None:
+    """Hand rows to SGLang, which applies them with those of the other plugins; `hooks` maps a row's
+    `name` to our function. For SGLang's `load_plugins`: it only logs a hook that does not apply."""
+    for seam in rows(seams):
         HookRegistry.register(seam.target, hooks[seam.name], seam.kind)
-    HookRegistry.apply_hooks()
-    for seam in wanted:
-        if seam.target in before:
-            HookRegistry._apply_target(seam.target, [(seam.kind, hooks[seam.name], None)])
+
+
+def install(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]]) -> None:
+    """Wrap rows around what stands there now; what has our hook already keeps it.
+
+    Raises whatever keeps a hook from being applied.
+    """
+    for seam in rows(seams):
+        hook = hooks[seam.name]
+        if not _holds(seam, hook):
+            HookRegistry._apply_target(seam.target, [(seam.kind, hook, _SOURCE)])
+            _installed[seam.target, hook] = _resolve(seam)
 
 
 def check(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]] | None = None) -> None:
@@ -232,9 +244,13 @@ def _resolve(seam: Seam) -> Any:
 
 
 def _holds(seam: Seam, hook: Callable[..., Any]) -> bool:
-    """Whether the registry has our hook on this row and says that it was applied."""
-    registered = any(entry[1] is hook for entry in HookRegistry._hooks.get(seam.target, ()))
-    return registered and seam.target in HookRegistry._patched
+    """Whether our wrapper is what stands there, or is wrapped in it by other plugins."""
+    ours, found = _installed.get((seam.target, hook)), _resolve(seam)
+    while found is not ours:
+        found = getattr(found, "__wrapped__", None)
+        if found is None:
+            return False
+    return True
 
 
 def _refuse(seam: Seam, what: str) -> None:
