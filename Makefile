@@ -7,7 +7,7 @@ STAMP := .venv/.set-up
 # torch's threads spin: more than one per process starves the server on a small machine.
 CPU_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: venv demo test test-full lint format bench bench-frontier bench-serving kernels-report \
+.PHONY: venv demo test test-full test-versions lint format bench bench-frontier bench-serving kernels-report \
 	bench-kernels dist-check clean
 .DEFAULT_GOAL := venv
 
@@ -31,6 +31,10 @@ test: venv
 
 test-full: venv
 	$(CPU_ENV) $(BIN)/pytest -m "not stacks"
+
+# Under the ends and a middle of the window of SGLangs, on a CPU; environments stay in .venvs.
+test-versions: venv
+	$(CPU_ENV) $(BIN)/python -m benchmarks.versions --json benchmarks/results/versions.json
 
 lint: venv
 	$(BIN)/ruff check .
@@ -64,5 +68,5 @@ dist-check: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/dist_check.sh
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venvs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
