@@ -52,7 +52,7 @@ TESTS = (
       ("judge_memory", "probe_engine", "ranks", "reply", "waiting")),
     *(f"tests/engine/test_{name}.py" for name in
       ("groups", "lazy", "weights", "cases", "pressure", "queue", "order", "fill", "modes",
-       "second_plugin", "versions", "parallel", "serving", "probe")),
+       "seams", "second_plugin", "versions", "parallel", "serving", "probe")),
 )  # fmt: skip
 # The slow ones are longer versions of others, but for those of two ranks.
 WHICH = ("-m", "not gpu", "-k", "not slow or test_parallel")

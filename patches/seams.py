@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NoReturn
 
 from packaging.version import Version
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
@@ -203,12 +203,15 @@ def register(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]]) -> Non
 def install(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]]) -> None:
     """Wrap rows around what stands there now; what has our hook already keeps it.
 
-    Raises whatever keeps a hook from being applied.
+    Raises SeamError for the first that does not take it.
     """
     for seam in rows(seams):
         hook = hooks[seam.name]
         if not _holds(seam, hook):
-            HookRegistry._apply_target(seam.target, [(seam.kind, hook, _SOURCE)])
+            try:
+                HookRegistry._apply_target(seam.target, [(seam.kind, hook, _SOURCE)])
+            except Exception as error:  # anything: it comes from SGLang's side
+                _refuse(seam, f"did not take our hook ({error})")
             _installed[seam.target, hook] = _resolve(seam)
 
 
@@ -253,7 +256,7 @@ def _holds(seam: Seam, hook: Callable[..., Any]) -> bool:
     return True
 
 
-def _refuse(seam: Seam, what: str) -> None:
+def _refuse(seam: Seam, what: str) -> NoReturn:
     raise SeamError(
         f"deepprune cannot start: {seam.target} {what} in SGLang {sglang_version()}, "
         f"but {seam.why!r} needs ({', '.join(seam.needs)}); supported: {WINDOW}"
