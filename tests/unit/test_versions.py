@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -70,6 +71,33 @@ def test_an_environment_sees_its_own_packages_first_and_then_ours(python: Path):
     code = "import iniconfig, pluggy; print(iniconfig.__file__)"
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).is_relative_to(python.parents[1])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "seams", "status"),
+    [({"passed": 9, "skipped": 1, "failed": 0}, 24, 0),
+     ({"passed": 9, "skipped": 0, "failed": 1}, 24, 1),
+     ({"passed": 0, "skipped": 9, "failed": 0}, 24, 1),
+     ({"passed": 9, "skipped": 0, "failed": 0}, 0, 1)],
+)  # fmt: skip
+def test_all_seams_are_checked_and_four_versions_tested(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    outcome: dict[str, int],
+    seams: int,
+    status: int,
+):
+    monkeypatch.setattr(versions, "has_gpu", lambda: False)
+    monkeypatch.setattr(versions, "environment", lambda version, folder: Path(sys.executable))
+    monkeypatch.setattr(versions, "installed", lambda python, package: "5.12.1")
+    monkeypatch.setattr(versions, "check_seams", lambda python: seams)
+    monkeypatch.setattr(versions, "run_tests", lambda *_: {**outcome, "seconds": 1})
+    out = tmp_path / "versions.json"
+    assert versions.main(["--folder", str(tmp_path), "--json", str(out)]) == status
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["sglang"] for row in rows] == list(versions.PINS)
+    assert [row["sglang"] for row in rows if "passed" in row] == list(versions.TESTED)
+    assert versions.main(["--seams", "--versions", "0.5.15"]) == int(not seams)
 
 
 TESTS = """
