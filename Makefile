@@ -9,8 +9,8 @@ TOOLS_STAMP := .venv-tools/.set-up
 # torch's threads spin: more than one per process starves the server on a small machine.
 CPU_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: venv demo test test-full test-stacks test-sdks lint format bench bench-frontier \
-	bench-serving kernels-report bench-kernels dist-check pins-check docs deploy-lint clean
+.PHONY: venv demo test test-full test-stacks test-sdks test-versions lint format bench \
+	bench-frontier bench-serving kernels-report bench-kernels dist-check pins-check docs deploy-lint clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -43,6 +43,10 @@ test-stacks: venv
 test-sdks: venv
 	$(BIN)/python -m tests.stacks.environments openai-python openai-node
 	$(CPU_ENV) $(BIN)/pytest -m stacks -rs tests/stacks/test_openai.py
+
+# Under the ends and a middle of the window of SGLangs, on a CPU; environments stay in .venvs.
+test-versions: venv
+	$(CPU_ENV) $(BIN)/python -m benchmarks.versions --json benchmarks/results/versions.json
 
 lint: venv
 	$(BIN)/ruff check .
@@ -94,5 +98,5 @@ $(TOOLS_STAMP): scripts/tools/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-tools .stacks build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venvs .venv-tools .stacks build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

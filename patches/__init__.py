@@ -13,7 +13,7 @@ def register() -> None:
     """Hook SGLang's argument parser, so that `--enable-deepprune` exists."""
     from sglang_deepprune.patches import seams, server_args
 
-    seams.install(
+    seams.register(
         seams.PARSER,
         {
             "ServerArgs.add_cli_args": server_args.add_cli_args,

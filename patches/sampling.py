@@ -60,7 +60,7 @@ def sample_from_probs(
     *rest: Any,
     **options: Any,
 ) -> Any:
-    """AROUND `Sampler._sample_from_probs`: returns token ids, since 0.5.21 with a capture."""
+    """AROUND `Sampler._sample_from_probs`: returns token ids, since 0.5.20 with a capture."""
     if not _rows:
         return original(self, probs, sampling_info, positions, *rest, **options)
     device = probs.device

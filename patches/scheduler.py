@@ -324,7 +324,7 @@ class Engine:
         """Out of SGLang's waiting or grammar queue, if it is in one and owns nothing.
 
         One that has been given a mamba slot ends by `to_finish`, at its prefill, as does one with a
-        storage prefetch where SGLang has no release for it yet (before 0.5.21).
+        storage prefetch where SGLang has no release for it yet (before 0.5.20).
         """
         kv = getattr(req, "kv", None)
         if getattr(req, "mamba_pool_idx", None) is not None or getattr(kv, "holds_mamba", False):
@@ -344,7 +344,7 @@ class Engine:
 
     def _end(self, reqs: Sequence[Any], state: State) -> None:
         """End siblings that hold no row: one terminal output each, with what it has."""
-        release = getattr(self.scheduler, "_release_aborted_request", None)  # 0.5.21 and later
+        release = getattr(self.scheduler, "_release_aborted_request", None)  # 0.5.20 and later
         for req in reqs:
             if release is not None:
                 release(req)

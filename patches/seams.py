@@ -1,9 +1,14 @@
 """The one table of everything we hook in SGLang, and the checks that it still fits.
 
-A seam is a row: target, kind, why, versions, parameters we rely on, what we read from it. `install`
-registers the rows with SGLang's HookRegistry; `check` resolves each row, compares its parameters
-and reads it back from the registry, because SGLang only logs a hook that fails to apply
-(`plugins/hook_registry.py::apply_hooks`). A mismatch is a SeamError with one sentence.
+A seam is a row: target, kind, why, versions, parameters we rely on, what we read from it. `check`
+resolves each row, compares its parameters, and reads our hook back from what stands there; a
+mismatch is a SeamError with one sentence.
+
+Other plugins may hook the same functions. SGLang applies all hooks of a function at once, when all
+plugins are loaded, and passes over a function that was patched before
+(`plugins/hook_registry.py::HookRegistry.apply_hooks`). So what has to be there from the start is
+left to SGLang (`register`), and what comes with the flag is wrapped around whatever stands there
+by then (`install`) and leaves no mark in the registry: whoever comes later is applied as well.
 """
 
 from __future__ import annotations
@@ -14,10 +19,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NoReturn
 
 from packaging.version import Version
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from sglang_deepprune.patches.support import NEWEST, OLDEST, WINDOW
 
@@ -109,9 +114,9 @@ SCHEDULER = (
          "applies verdicts at one step on every rank", ("self", "recv_reqs"), "recv_reqs"),
     Seam(f"{_MANAGERS}.scheduler", "Scheduler._poll_timeout_aborts", _A,
          "rank 0's verdicts ride the request broadcast; held siblings time out as queued ones",
-         ("self",), "the list it returns; waiting_queue", since="0.5.21"),
+         ("self",), "the list it returns; waiting_queue", since="0.5.20"),
     Seam(f"{_MANAGERS}.scheduler", "Scheduler._abort_on_waiting_timeout", _A,
-         "held siblings time out as queued ones", ("self",), "waiting_queue", until="0.5.21"),
+         "held siblings time out as queued ones", ("self",), "waiting_queue", until="0.5.20"),
     Seam(f"{_MANAGERS}.scheduler", "Scheduler.get_internal_state", _B,
          "settings and health in /server_info", ("self", "recv_req"), "internal_state"),
     Seam(f"{_MANAGERS}.scheduler", "Scheduler.is_fully_idle", _A,
@@ -127,7 +132,7 @@ SCHEDULER = (
     Seam(f"{_MANAGERS}.scheduler_components.request_receiver",
          "SchedulerRequestReceiver._pull_raw_reqs", _B,
          "rank 0's verdicts ride the request broadcast", ("self",), "the list it returns",
-         until="0.5.21"),
+         until="0.5.20"),
     Seam(f"{_MANAGERS}.scheduler", "Scheduler.update_running_batch", _A,
          "probes and dispensable siblings give way before SGLang retracts anybody",
          ("self", "batch"),
@@ -155,6 +160,10 @@ SCHEDULER = (
          "sibling i of a seeded request draws from (seed, i)",
          ("self", "probs", "sampling_info", "positions"), "probs, positions, top_ks, top_ps"),
 )  # fmt: skip
+
+
+_SOURCE = HookSource("deepprune", "sglang-deepprune")  # what SGLang's log calls us
+_installed: dict[tuple[str, Callable[..., Any]], Any] = {}  # (target, hook) -> our wrapper
 
 
 def table() -> str:
@@ -188,20 +197,26 @@ def rows(seams: Sequence[Seam]) -> tuple[Seam, ...]:
     return tuple(seam for seam in seams if seam.is_in(sglang))
 
 
-def install(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]]) -> None:
-    """Register and apply rows; `hooks` maps a row's `name` to our function.
-
-    A target that another plugin has patched already is skipped by `apply_hooks`, so its row is
-    wrapped around whatever stands there now.
-    """
-    before = set(HookRegistry._patched)
-    wanted = [seam for seam in rows(seams) if not _holds(seam, hooks[seam.name])]
-    for seam in wanted:
+def register(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]]) -> None:
+    """Hand rows to SGLang, which applies them with those of the other plugins; `hooks` maps a row's
+    `name` to our function. For SGLang's `load_plugins`: it only logs a hook that does not apply."""
+    for seam in rows(seams):
         HookRegistry.register(seam.target, hooks[seam.name], seam.kind)
-    HookRegistry.apply_hooks()
-    for seam in wanted:
-        if seam.target in before:
-            HookRegistry._apply_target(seam.target, [(seam.kind, hooks[seam.name], None)])
+
+
+def install(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]]) -> None:
+    """Wrap rows around what stands there now; what has our hook already keeps it.
+
+    Raises SeamError for the first that does not take it.
+    """
+    for seam in rows(seams):
+        hook = hooks[seam.name]
+        if not _holds(seam, hook):
+            try:
+                HookRegistry._apply_target(seam.target, [(seam.kind, hook, _SOURCE)])
+            except Exception as error:  # anything: it comes from SGLang's side
+                _refuse(seam, f"did not take our hook ({error})")
+            _installed[seam.target, hook] = _resolve(seam)
 
 
 def check(seams: Sequence[Seam], hooks: dict[str, Callable[..., Any]] | None = None) -> None:
@@ -236,12 +251,16 @@ def _resolve(seam: Seam) -> Any:
 
 
 def _holds(seam: Seam, hook: Callable[..., Any]) -> bool:
-    """Whether the registry has our hook on this row and says that it was applied."""
-    registered = any(entry[1] is hook for entry in HookRegistry._hooks.get(seam.target, ()))
-    return registered and seam.target in HookRegistry._patched
+    """Whether our wrapper is what stands there, or is wrapped in it by other plugins."""
+    ours, found = _installed.get((seam.target, hook)), _resolve(seam)
+    while found is not ours:
+        found = getattr(found, "__wrapped__", None)
+        if found is None:
+            return False
+    return True
 
 
-def _refuse(seam: Seam, what: str) -> None:
+def _refuse(seam: Seam, what: str) -> NoReturn:
     raise SeamError(
         f"deepprune cannot start: {seam.target} {what} in SGLang {sglang_version()}, "
         f"but {seam.why!r} needs ({', '.join(seam.needs)}); supported: {WINDOW}"

@@ -207,8 +207,8 @@ def refusals(server_args: Any) -> list[str]:
         (bool(getattr(server_args, "enable_streaming_session", False)),
          "--enable-streaming-session: such sessions keep the KV row of a finished request"),
         (bool(getattr(server_args, "enable_dp_attention", False))
-         and seams.sglang_version() < Version("0.5.21"),
-         "--enable-dp-attention before SGLang 0.5.21: verdicts reach the first group's ranks only"),
+         and seams.sglang_version() < Version("0.5.20"),
+         "--enable-dp-attention before SGLang 0.5.20: verdicts reach the first group's ranks only"),
         (bool(getattr(server_args, "skip_tokenizer_init", False)),
          "--skip-tokenizer-init: answers are read from text, so a tokenizer is needed"),
     )  # fmt: skip

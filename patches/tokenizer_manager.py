@@ -142,7 +142,7 @@ async def _serve(
         for stem in fan.stems:
             if _BY_STEM.get(stem) is fan:
                 del _BY_STEM[stem]
-        # Before 0.5.21 SGLang does not abort the siblings of a client that has left.
+        # Before 0.5.20 SGLang does not abort the siblings of a client that has left.
         for _, rid in fan.rids:
             if rid in self.rid_to_state:
                 self.abort_request(rid)
@@ -214,7 +214,7 @@ def _stems_of(obj: Any) -> list[str]:
 
 
 def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any) -> Any:
-    """AROUND `_send_one_request` (sync before 0.5.21, a coroutine since): tag, then pass on."""
+    """AROUND `_send_one_request` (sync before 0.5.20, a coroutine since): tag, then pass on."""
     params = getattr(tokenized_obj, "sampling_params", None)
     if params is not None and config_of(self.server_args) is not None:
         fan = _FAN.get()

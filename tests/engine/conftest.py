@@ -16,6 +16,7 @@ from benchmarks.scripted import plugin_env
 from tests.engine import scenario
 from tests.engine.server import Server
 from tests.engine.tiny_model import make_tiny_model
+from tests.engine.versions import HAS_PAGES
 
 # An idle scheduler spins a core that the next server needs.
 COMMON = (
@@ -24,16 +25,16 @@ COMMON = (
 )  # fmt: skip
 MARKER = ("--deepprune-judge", "python:tests.marker_judge:make", "--deepprune-judge-deadline-ms",
           "1500")  # fmt: skip
+EIGHT_ROWS = ("--disable-overlap-schedule", "--max-running-requests", "8",
+              "--reasoning-parser", "qwen3")  # fmt: skip
 # The first takes what single requests may ask for where a server lets them, see test_shapes.py.
 CONFIGS: dict[str, tuple[str, ...]] = {
     "page1-overlap": (
-        "--enable-custom-logit-processor", "--enable-return-hidden-states",
-        "--enable-metrics", "--tool-call-parser", "qwen25", "--constrained-json-disable-any-whitespace",
+        "--enable-custom-logit-processor", "--enable-return-hidden-states", "--enable-metrics",
+        "--tool-call-parser", "qwen25", "--constrained-json-disable-any-whitespace",
     ),
-    "page16-no-overlap": (
-        "--page-size", "16", "--disable-overlap-schedule", "--max-running-requests", "8",
-        "--reasoning-parser", "qwen3",
-    ),
+    **({"page16-no-overlap": ("--page-size", "16", *EIGHT_ROWS)} if HAS_PAGES
+       else {"page1-no-overlap": EIGHT_ROWS}),
 }  # fmt: skip
 # Between SGLang's processes go pickles, as is the default, or its own typed messages.
 ENVIRONMENTS = {"page16-no-overlap": {"SGLANG_USE_PICKLE_IPC": "0"}}

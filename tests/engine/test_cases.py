@@ -19,6 +19,7 @@ from tests.engine import scenario
 from tests.engine.conftest import COMMON, MARKER
 from tests.engine.server import Server
 from tests.engine.test_groups import ask, group_of, states
+from tests.engine.versions import paged
 
 CUT = scenario.CUT
 
@@ -150,7 +151,7 @@ def test_d5_siblings_of_one_seed_differ_and_are_reproducible(reasoner: Server):
         assert whole.startswith(maybe_cut)
 
 
-@pytest.mark.parametrize("page_size", ["16", "1"])
+@pytest.mark.parametrize("page_size", [pytest.param("16", marks=paged), "1"])
 def test_d6_pruning_while_the_pool_is_too_small(tiny, scripts_env, page_size: str):
     """Retraction and verdicts in the same steps; the strict checks stand in for a second owner."""
     flags = ("--page-size", page_size, "--max-running-requests", "8")
@@ -169,7 +170,7 @@ def test_d6_pruning_while_the_pool_is_too_small(tiny, scripts_env, page_size: st
 
 
 def test_d8_reasoning_stays_with_its_choice(scripted: Server):
-    if "page16" not in scripted.name:
+    if "no-overlap" not in scripted.name:
         pytest.skip("the parser is a server flag; the other configuration has it")
     settings = {"preset": "latency", "min_votes": 1, "eps": 0.5}
     said = chat(scripted, "D8: think", 2, settings, max_tokens=300, separate_reasoning=True)
@@ -264,7 +265,7 @@ def test_strangers_run_beside_a_group_undisturbed(scripted: Server):
 @pytest.mark.parametrize("how", ["all", "prefix"])
 def test_an_abort_that_decides_a_group_leaves_the_queue_walk_alone(scripted: Server, how: str):
     """An abort of queued siblings can decide their group; SGLang walks its queue by index then."""
-    if "page16" not in scripted.name:
+    if "no-overlap" not in scripted.name:
         pytest.skip("needs fewer rows than siblings: the other configuration")
     body = {"text": "D3: count", "rid": "walk",
             "sampling_params": {"n": 24, "max_new_tokens": 400,

@@ -6,9 +6,9 @@ Runs in each configuration of conftest.CONFIGS, strict memory checks on.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def test_a_stream_has_one_terminal_chunk_a_choice_and_the_record_last(scripted: 
 
 
 def test_queued_siblings_of_a_decided_group_are_never_prefilled(scripted: Server):
-    if "page16" not in scripted.name:
+    if "no-overlap" not in scripted.name:
         n, expected = 12, ["finished"] * 3 + ["decided"] * 9
     else:  # 8 rows: the rest waits in SGLang's queue
         n, expected = 12, ["finished"] * 3 + ["decided"] * 5
@@ -170,7 +170,7 @@ def test_queued_siblings_of_a_decided_group_are_never_prefilled(scripted: Server
         if choice["state"] == "not_started":
             assert choice["tokens"] == 0 and output["text"] == ""
             assert output["meta_info"]["prompt_tokens"] > 0
-    if "page16" in scripted.name:
+    if "no-overlap" in scripted.name:
         assert "not_started" in states(outputs)
     scripted.wait_idle()
 

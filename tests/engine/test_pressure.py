@@ -19,12 +19,13 @@ from tests.engine.counters import scrape
 from tests.engine.server import Server
 from tests.engine.test_groups import ask, group_of, states
 from tests.engine.test_lazy import LONG, in_background, server_load
+from tests.engine.versions import paged
 
 PAGES = {"page1": ("--page-size", "1"), "page16": ("--page-size", "16")}
 ROOM = 1200  # KV slots: about three of the 330-token traces
 
 
-@pytest.fixture(scope="module", params=list(PAGES))
+@pytest.fixture(scope="module", params=["page1", pytest.param("page16", marks=paged)])
 def tight(request: pytest.FixtureRequest, tiny: Any, scripts_env: Any) -> Iterator[Server]:
     # SGLang admits more than fits, as it does when its guess of the lengths is too low.
     flags = (*COMMON, *MARKER, *PAGES[request.param], "--schedule-conservativeness", "0.1",

@@ -31,8 +31,9 @@ from tests.engine.test_groups import ask, group_of, own_slots, states
 from tests.engine.test_lazy import in_background, server_load
 from tests.engine.test_parallel import CORES
 from tests.engine.test_reasoner_server import sample
+from tests.engine.versions import probes
 
-pytestmark = pytest.mark.modes
+pytestmark = [pytest.mark.modes, probes]
 
 CONFIGS = {
     "page1-overlap": (),

@@ -8,6 +8,7 @@ import requests
 
 from tests.engine.server import Server
 from tests.engine.test_lazy import LONG, in_background, server_load, whole
+from tests.engine.versions import before
 
 
 def update(server: Server, tiny: Path, version: str, flush: bool = True) -> None:
@@ -30,7 +31,8 @@ def test_a_group_that_is_paused_for_new_weights_runs_on_as_plain_sampling(
     while server_load(scripted)["num_running_reqs"] < 2:
         assert thread.is_alive()
     assert scripted.post("/pause_generation", {"mode": "retract"}).status_code == 200
-    update(scripted, tiny, "paused")
+    # A flush that finds requests waiting ends SGLang's scheduler before 0.5.21, ours or nobody's.
+    update(scripted, tiny, "paused", flush=not before("0.5.21"))
     assert scripted.post("/continue_generation", {}).status_code == 200
     outputs = whole(thread, replies)
     group = outputs[0]["meta_info"]["deepprune"]["group"]
