@@ -218,18 +218,10 @@ def refusals(server_args: Any) -> list[str]:
 
 def untested_modes(server_args: Any) -> list[str]:
     """What of this server nobody has run with the plugin yet: docs/modes.md has the reasons."""
-    width = max(getattr(server_args, "attn_dp_size", 1) or 1, 1)
-    modes = (
-        (_runs_on_cuda(server_args), "a GPU"),
-        (getattr(server_args, "enable_lora", None) or getattr(server_args, "lora_paths", None),
-         "--enable-lora"),
-        (getattr(server_args, "speculative_algorithm", None), "--speculative-algorithm"),
-        (getattr(server_args, "enable_deterministic_inference", False)
-         or getattr(server_args, "rl_on_policy_target", None), "--enable-deterministic-inference"),
-        (width > 1 or getattr(server_args, "enable_dp_attention", False), "--attn-dp-size"),
-        (getattr(server_args, "enable_hierarchical_cache", False), "--enable-hierarchical-cache"),
-    )  # fmt: skip
-    return [name for applies, name in modes if applies]
+    names = [sentence.partition(":")[0] for sentence in support.untested(server_args)]
+    return (
+        names if support.GPU in names or not _runs_on_cuda(server_args) else [support.GPU, *names]
+    )
 
 
 def _runs_on_cuda(server_args: Any) -> bool:

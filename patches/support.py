@@ -13,6 +13,8 @@ WINDOW = f"SGLang {OLDEST} to {NEWEST}"
 PLUGIN = "deepprune"  # our entry point, as SGLANG_PLUGINS names it
 INSTALL = f'pip install "sglang=={NEWEST}"'
 
+GPU = "a GPU"
+
 Place = Literal["older", "known", "newer"]
 
 
@@ -40,7 +42,7 @@ def untested(server_args: Any) -> list[str]:
 
     modes = (
         (str(getattr(server_args, "device", None) or "").startswith("cuda"),
-         "a GPU: everything was run on SGLang's CPU engine"),
+         f"{GPU}: everything was run on SGLang's CPU engine"),
         (has("speculative_algorithm"),
          "--speculative-algorithm: several tokens come at once, so votes are seen a step later"),
         (has("enable_lora", "lora_paths"),

@@ -28,7 +28,8 @@ def newer(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_newer_version_gets_one_warning_where_the_flag_is_on(tiny: Path, newer: dict[str, str]):
-    lines = parse(tiny, [], ["--enable-deepprune"], env=newer)
+    off, on = parse(tiny, [], ["--enable-deepprune"], env=newer)
+    lines = [*off, *on]
     started = [line.split()[1] for line in lines if line.startswith("ok ")]
     assert started == ["False", "True"]
     warnings = [line for line in lines if "deepprune was tested with" in line]
@@ -40,7 +41,7 @@ def test_a_newer_version_without_a_seam_is_refused_with_one_sentence(
     tiny: Path, newer: dict[str, str], tmp_path: Path
 ):
     gone = plugin_path(tmp_path / "gone", "gone", "tests.engine.test_versions:take_a_seam_away")
-    lines = parse(tiny, ["--enable-deepprune"], env=joined(newer, gone))
+    (lines,) = parse(tiny, ["--enable-deepprune"], env=joined(newer, gone))
     assert "exit 2" in lines
     (error,) = [line for line in lines if line.startswith("error: ")]
     assert f"Scheduler.is_fully_idle is not there in SGLang {NEWER}" in error

@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_ends_of_the_window_are_tested():
-    from sglang_deepprune.patches import seams
+    from sglang_deepprune.patches import support
 
-    assert (versions.TESTED[0], versions.TESTED[-1]) == (seams.OLDEST, seams.NEWEST)
+    assert (versions.TESTED[0], versions.TESTED[-1]) == (support.OLDEST, support.NEWEST)
     assert len(versions.TESTED) > 2 and set(versions.TESTED) <= set(versions.PINS)
-    assert list(versions.PINS)[0] == seams.OLDEST and list(versions.PINS)[-1] == seams.NEWEST
+    assert list(versions.PINS)[0] == support.OLDEST and list(versions.PINS)[-1] == support.NEWEST
 
 
 def test_ci_checks_the_oldest_and_make_installs_the_newest():
