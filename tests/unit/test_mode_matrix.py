@@ -85,7 +85,7 @@ def test_what_works_is_tested_without_a_gpu():
 
 
 def test_every_refusal_and_every_warning_at_start_has_its_row():
-    source = inspect.getsource(server_args.refuse_unproven_modes)
+    source = inspect.getsource(server_args.refusals)
     refused = set(re.findall(r'"(--[\w-]+|SGLANG_\w+)(?::| before)', source))
     assert len(refused) >= 8
     told = " ".join(row.mode for row in rows() if row.state == "refused")

@@ -126,5 +126,5 @@ def test_dp_attention_is_refused_where_verdicts_reach_one_rank_alone(
     args = SimpleNamespace(enable_dp_attention=True)
     server_args.refuse_unproven_modes(args)
     monkeypatch.setattr(seams, "sglang_version", lambda: Version("0.5.19"))
-    with pytest.raises(seams.SeamError, match="--enable-dp-attention before SGLang 0.5.21"):
+    with pytest.raises(seams.SeamError, match="--enable-dp-attention before SGLang 0.5.20"):
         server_args.refuse_unproven_modes(args)
