@@ -14,6 +14,7 @@ import pytest
 from tests.engine import scenario
 from tests.engine.server import CPU_FLAGS, Server, cpu_env
 from tests.engine.test_groups import PAPER, PRUNE, states
+from tests.engine.versions import dllm
 
 PARSE = """
 import json, sys
@@ -52,7 +53,7 @@ def test_flag_off_hooks_the_parser_and_nothing_else(tiny: Path):
         ({}, ["--pp-size", "2"], "--pp-size"),
         ({}, ["--disaggregation-mode", "prefill"], "--disaggregation-mode"),
         ({}, ["--enable-streaming-session"], "--enable-streaming-session"),
-        ({}, ["--dllm-algorithm", "LowConfidence"], "--dllm-algorithm"),
+        pytest.param({}, ["--dllm-algorithm", "LowConfidence"], "--dllm-algorithm", marks=dllm),
         ({}, ["--skip-tokenizer-init"], "--skip-tokenizer-init"),
         ({"SGLANG_RUST_SERVER": "1"}, [], "SGLANG_RUST_SERVER"),
         ({}, ["--deepprune-window", "0"], "deepprune.window: expected 1 to 4096, got 0"),
