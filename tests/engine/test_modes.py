@@ -14,6 +14,7 @@ import pytest
 from tests.engine import scenario
 from tests.engine.server import CPU_FLAGS, Server, cpu_env
 from tests.engine.test_groups import PAPER, PRUNE, states
+from tests.engine.versions import dllm
 
 PARSE = """
 import json, sys
@@ -108,7 +109,9 @@ def is_refusal(lines: list[str], sentence: str) -> bool:
     return "exit 2" in lines and len(errors) == 1 and sentence in errors[0]
 
 
-@pytest.mark.parametrize("mode", list(REFUSED))
+@pytest.mark.parametrize(
+    "mode", [pytest.param(one, marks=dllm if one == "dllm" else ()) for one in REFUSED]
+)
 def test_what_is_not_proven_is_refused_with_one_sentence(said: dict[str, list[str]], mode: str):
     assert is_refusal(said[mode], REFUSED[mode][1]), said[mode]
 
