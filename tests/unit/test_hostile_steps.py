@@ -64,13 +64,16 @@ def spent(c: Coordinator, read: Counted, outputs: Any) -> int:
         ({"window": 1, "cut_words": 1000, "cut_max_tokens": MOST_CUT_TOKENS}, MOST_CUT_TOKENS),
         ({"window": 1, "cut": "tokens", "cut_tokens": MOST_CUT_TOKENS}, MOST_CUT_TOKENS),
         ({"window": 1, "cut": "tokens", "cut_tokens": 1}, 40),
+        ({"window": 4096, "cut": "tokens", "cut_tokens": 1, "word": ""}, 4096),
+        ({"window": 4096, "cut": "tokens", "cut_tokens": 1, "word": "\ufffd"}, 4096),
     ],
 )
 def test_one_step_reads_no_more_than_its_share_and_all_are_read_in_the_end(
     settings: dict[str, Any], length: int
 ):
-    size = 40
-    read = Counted()
+    size, word = 40, settings.get("word", "so ")
+    settings = {name: value for name, value in settings.items() if name != "word"}
+    read = Counted(word)
     c = make(size, read, **settings)
     run = c.runs["g"]
     run.group.steps = settings["window"] - 1
@@ -82,7 +85,7 @@ def test_one_step_reads_no_more_than_its_share_and_all_are_read_in_the_end(
         assert len(run.traces) - known <= MOST_CUTS
         if len(run.traces) == size or not run.is_behind:
             break
-    is_open = settings == {"window": 1}  # its traces go on: neither words nor tokens enough
+    is_open = settings == {"window": 1} or not word.strip("\ufffd")  # neither words nor tokens
     assert len(run.traces) == (0 if is_open else size)
 
 
