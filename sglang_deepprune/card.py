@@ -6,7 +6,6 @@ Written by `sglang-deepprune eval-judge --card`. JSON; `docs/judges.md` explains
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +49,11 @@ class Card:
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise CardError(f"{name} of a judge's card must be a {kind.__name__}")
+        if not all(isinstance(row, dict) for row in self.figures):
+            raise CardError("figures of a judge's card must be objects")
         for cut, tau in self.taus.items():
-            if not isinstance(tau, (int, float)) or not (math.isfinite(tau) and 0 <= tau <= 1):
-                raise CardError(f"tau of {cut} in a judge's card must be in [0, 1]")
+            if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau <= 1:
+                raise CardError(f"tau of {cut[:40]!r} in a judge's card must be in [0, 1]")
 
 
 def save(card: Card, path: str | Path) -> None:
@@ -66,5 +67,6 @@ def load(path: str | Path) -> Card:
         if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
             raise CardError(f"not of format {FORMAT!r}")
         return Card(**found)
-    except (OSError, ValueError, TypeError) as error:
-        raise CardError(f"{Path(path).name} is no judge's card: {error}") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = str(error)[:200]  # it may quote the file
+        raise CardError(f"{Path(path).name} is no judge's card: {reason}") from error

@@ -28,6 +28,7 @@ Decode = Callable[[Sequence[int]], str]
 _BROKEN = "\ufffd"
 _BLOCK = 32  # tokens between two commits of the scan
 _LOOK_BACK = 4  # tokens that one incomplete character can hold back
+_CALL = 8  # what a call of the decoder costs beside its tokens, in tokens
 _EXTRA = 8  # most tokens that a cut moves on to complete a character
 CUT_SLACK = 4 * _EXTRA  # tokens behind a cut that can matter to it
 
@@ -56,7 +57,7 @@ class Cut(Protocol):
     Attributes
     ----------
     num_decoded : int
-        Tokens decoded so far: what the cut has cost.
+        Tokens decoded so far, and a few for each call: what the cut has cost.
     is_behind : bool
         The last `advance` ended because it had decoded its share, and not for want of tokens.
     """
@@ -128,7 +129,7 @@ class _SettledCut:
         return self._point
 
     def _decode(self, ids: Sequence[int]) -> str:
-        self.num_decoded += len(ids)
+        self.num_decoded += len(ids) + _CALL
         return self._plain(ids)
 
     def end(self, output_ids: Sequence[int]) -> CutPoint:
@@ -159,6 +160,9 @@ class _SettledCut:
 
     def _settle(self, output_ids: Sequence[int], target: CutPoint) -> CutPoint | None:
         while self._next <= len(output_ids):
+            if self.num_decoded >= self._share:
+                self.is_behind = True
+                return None
             tails = self._tails(output_ids, self._next)
             # Without any text so far (special tokens only) the judge would read nothing: go on.
             if any(t[-1:] != _BROKEN and (t or self._has_text) for t in tails):

@@ -21,7 +21,7 @@ BUSY = 4.0
 QUICK = settings(max_examples=100, deadline=None, derandomize=True, database=None,
                  suppress_health_check=list(HealthCheck))  # fmt: skip
 FEW = settings(QUICK, max_examples=25)
-LONG = settings(QUICK, max_examples=4000, derandomize=False)
+LONG = settings(QUICK, max_examples=1000, derandomize=False)
 
 # What patterns of answers, cues, marks and LaTeX begin with, go on with, or stumble over.
 ATOMS = (

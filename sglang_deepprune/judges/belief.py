@@ -161,8 +161,11 @@ def load_weights(path: str | Path) -> dict[str, Weights]:
         if found.get("format") != FORMAT:
             raise ValueError(f"not a file of format {FORMAT!r}")
         weights = {kind: Weights(**found[kind]) for kind in KINDS if found.get(kind)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{Path(path).name} holds no belief judge: {error}") from error
+    except (
+        OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
+        reason = str(error)[:200]  # it may quote the file
+        raise ValueError(f"{Path(path).name} holds no belief judge: {reason}") from error
     if not weights:
         raise ValueError(f"{Path(path).name} holds no weights")
     return weights

@@ -67,8 +67,8 @@ def load_settings(folder: str | Path | None) -> Settings:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return Settings(found["prompt"], tuple(found["labels"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PromptError(f"{path.name} cannot be used: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PromptError(f"{path.name} cannot be used: {str(error)[:200]}") from error
 
 
 def save_settings(folder: str | Path, settings: Settings) -> None:

@@ -96,7 +96,7 @@ def _row(line: str, number: int) -> tuple[str, str | None]:
     try:
         row = json.loads(line)
         prefix, answer = row["text_prefix"], row["answer"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"line {number}: expected an object with text_prefix, answer") from error
     if not isinstance(prefix, str) or not prefix or not isinstance(answer, (str, type(None))):
         raise ValueError(f"line {number}: text_prefix is a text, answer is a text or null")

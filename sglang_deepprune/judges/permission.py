@@ -57,8 +57,10 @@ def allowed(card: Card) -> tuple[tuple[str, float], ...]:
     found = []
     for row in card.figures:
         cut, gain = row.get("cut"), row.get("gain_low")
-        if isinstance(gain, (int, float)) and gain >= 0 and cut in card.taus:
-            found.append((str(cut), float(card.taus[cut])))
+        if isinstance(gain, bool) or not isinstance(gain, (int, float)):
+            continue
+        if gain >= 0 and isinstance(cut, str) and cut in card.taus:
+            found.append((cut, float(card.taus[cut])))
     return tuple(one for one in found if not one[0].startswith("share:"))
 
 

@@ -197,7 +197,9 @@ class RemoteJudge:
             limit = server.get("context_length")
             if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
                 limit = _MOST_TOKENS
-            source = self._tokenizer or str(model.get("tokenizer_path", ""))
+            source = self._tokenizer or model.get("tokenizer_path")
+            if not isinstance(source, str) or not source:
+                raise JudgeError("the judge's server names no tokenizer; use remote:URL,TOKENIZER")
             self._prompts = _writer(source, min(limit, _MOST_TOKENS))
         return self._prompts
 

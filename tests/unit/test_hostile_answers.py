@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_deepprune import truncation
 from sglang_deepprune.answers import canonical, compare, extract
 from sglang_deepprune.answers.folding import MAX_CHARS
 from sglang_deepprune.coordinator import ANSWER_TAIL_CHARS
@@ -74,7 +74,11 @@ def forget() -> None:
 
 
 def cold_ms(call: Callable[[], Any]) -> float:
-    return min(cpu_ms(lambda: (forget(), call()), tries=1) for _ in range(2))
+    times = []
+    for _ in range(2):
+        forget()
+        times.append(cpu_ms(call, tries=1))
+    return min(times)
 
 
 def check_trace(text: str) -> None:
@@ -83,7 +87,7 @@ def check_trace(text: str) -> None:
     for is_cut in (False, True):
         found = extract(text, is_cut=is_cut)
         assert found is None or 0 < len(found.answer) <= MAX_CHARS
-        spent = cpu_ms(lambda is_cut=is_cut: extract(text, is_cut=is_cut))
+        spent = cpu_ms(functools.partial(extract, text, is_cut=is_cut))
         assert spent < LIMIT_MS, f"{spent:.0f} ms"
     extract(text, json_field="answer", starts_in_reasoning=True)
 
@@ -151,7 +155,8 @@ def test_a_ballot_among_hundreds_of_others_is_counted_within_a_step(kind: str):
         if sibling % 40:
             tally.add(Ballot(answer, sibling))
         else:
-            slowest = max(slowest, cpu_ms(lambda: tally.add(Ballot(answer, sibling)), tries=1))  # noqa: B023
+            add = functools.partial(tally.add, Ballot(answer, sibling))
+            slowest = max(slowest, cpu_ms(add, tries=1))
     assert slowest < LIMIT_MS, f"{slowest:.0f} ms"
     assert tally.num_votes == 400 and len(tally.open_questions) <= MAX_QUESTIONS
 
@@ -209,8 +214,8 @@ def check_cut(text: str, share: int) -> None:
         for _ in range(10_000):
             before = pieces.num_decoded
             found = pieces.advance(ids, share)
-            # One block with its neighbours, or a text of 700 tokens, is the least.
-            assert pieces.num_decoded - before <= share + 40 * truncation._BLOCK * 2
+            # A whole text, asked for once or twice, is the least.
+            assert pieces.num_decoded - before <= share + 4 * 2000
             if found is not None or not pieces.is_behind:
                 break
         assert found == point
