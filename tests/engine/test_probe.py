@@ -21,10 +21,12 @@ import pytest
 import requests
 
 from benchmarks.scripted import Reading, plugin_env, write_scripts
+from sglang_deepprune import metrics
 from sglang_deepprune.probing import CLOSING, MAX_TOKENS, SURE
 from sglang_deepprune.reasoner import model_path, questions
 from tests.engine import scenario
 from tests.engine.conftest import COMMON
+from tests.engine.counters import scrape
 from tests.engine.scenario import trace
 from tests.engine.server import Server
 from tests.engine.test_groups import ask, group_of, own_slots, states
@@ -82,7 +84,7 @@ def probe_env(tiny: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def prober(request: pytest.FixtureRequest, tiny: Path, probe_env: Any) -> Iterator[Server]:
-    flags = (*COMMON, "--deepprune-judge", "probe", *CONFIGS[request.param])
+    flags = (*COMMON, "--deepprune-judge", "probe", "--enable-metrics", *CONFIGS[request.param])
     with Server(tiny, *flags, env=probe_env) as server:
         server.name = request.param
         yield server
@@ -129,6 +131,7 @@ def test_a_fork_answers_as_a_request_with_the_same_tokens_would(prober: Server, 
 
 def test_agreeing_probes_prune_and_the_pruned_siblings_kv_is_free_in_that_step(prober: Server):
     before, verdicts = len(probes_of(prober)), len(prober.log_lines("deepprune-verdict"))
+    told = scrape(prober)
     outputs = ask(prober, SURELY, 8, PAPER)
     group = group_of(outputs)
     lines = probes_of(prober, before)
@@ -140,12 +143,16 @@ def test_agreeing_probes_prune_and_the_pruned_siblings_kv_is_free_in_that_step(p
         same = output["text"] == text if state == "finished" else text.startswith(output["text"])
         assert same
     assert group["judge_tokens"] == sum(line["tail"] + line["decoded"] for line in lines)
+    counted = scrape(prober).since(told)
+    assert counted.total(metrics.PROBE_TOKENS) == group["judge_tokens"]
+    assert not counted.total(metrics.JUDGE_TOKENS) and counted.total(metrics.JUDGE_PAIRS)
     assert all(line["decoded"] <= 4 for line in lines)  # the box was closed by then
     steps = prober.log_lines("deepprune-verdict")[verdicts:]
     freed = sum(step["after"]["available"] - step["before"]["available"] for step in steps)
     pruned = [o for o, state in zip(outputs, ended, strict=True) if state == "pruned"]
     assert sum(step["doomed"] for step in steps) == 6
     assert freed == sum(own_slots(prober, output) for output in pruned)
+    assert counted.of(metrics.FREED_SLOTS) == {"pruned": freed}  # by the allocator's own numbers
     assert all(step["after"]["evictable"] == step["before"]["evictable"] for step in steps)
     settle(prober)
 
