@@ -255,7 +255,7 @@ def _modes(report: Report, args: argparse.Namespace) -> bool:
     refused = refusals(args)
     for one in refused:
         report("mode", "fault", one)
-    for one in untested(args):
+    for one in untested(_with_device(args)):
         report("mode", "warning", f"not tested with the plugin: {one}")
     if not refused:
         report("mode", "ok", "nothing in the environment or the flags is refused")
@@ -265,6 +265,16 @@ def _modes(report: Report, args: argparse.Namespace) -> bool:
             "SGLANG_REQ_WAITING_TIMEOUT counts for siblings that wait within their group, too",
         )  # fmt: skip
     return not refused
+
+
+def _with_device(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with the device that SGLang takes where none is named."""
+    import torch
+
+    named = getattr(args, "device", None)
+    return argparse.Namespace(
+        **{**vars(args), "device": named or ("cuda" if torch.cuda.is_available() else "cpu")}
+    )
 
 
 def _settings(report: Report, args: argparse.Namespace) -> bool:
