@@ -121,9 +121,12 @@ def test_chat_and_generate_lose_the_settings_and_keep_the_record(router: Router)
     assert outputs[0]["meta_info"]["deepprune"]["group"]["preset"] in ("balanced", "latency")
 
 
-def test_a_stream_ends_with_the_record(router: Router):
-    asked = completion(stream=True, custom_params={"deepprune": {"preset": "balanced"}})
-    response = requests.post(f"{router.url}/v1/completions", json=asked, stream=True, timeout=240)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_ends_with_the_record(router: Router, path: str):
+    asked = completion(stream=True)
+    if "chat" in path:
+        asked["messages"] = [{"role": "user", "content": asked.pop("prompt")}]
+    response = requests.post(f"{router.url}{path}", json=asked, stream=True, timeout=240)
     lines = [line for line in response.iter_lines() if line.startswith(b"data: ")]
     assert lines[-1] == b"data: [DONE]" and b'"deepprune"' in lines[-2]
     assert b'"answer": "135"' in lines[-2]
