@@ -58,7 +58,7 @@ async def trl(client, prompt_ids, n, preset):
             "temperature": 1.0,
             "n": 1,
             "return_token_ids": True,
-            "logprobs": 1,
+            "logprobs": 0,
             "seed": random.getrandbits(63),
             "custom_params": custom_params,
         }

@@ -71,8 +71,9 @@ def test_stopped_choices_have_logprobs_and_token_ids_like_any_other(server: Serv
     reply = response.json()
     states = [choice["state"] for choice in reply["metadata"]["deepprune"]["choices"]]
     assert "not_started" in states
+    is_chat = "chat" in path
     for choice, state in zip(reply["choices"], states, strict=True):
-        logprobs = choice["logprobs"] or {}
-        rows = logprobs.get("content" if "chat" in path else "token_logprobs") or []
-        assert len(rows) == len(choice["token_ids"]), state
+        ids = choice["response_token_ids" if is_chat else "token_ids"]
+        rows = (choice["logprobs"] or {}).get("content" if is_chat else "token_logprobs") or []
+        assert len(rows) == len(ids), state
         assert bool(rows) == (state != "not_started")
