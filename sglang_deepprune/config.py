@@ -265,7 +265,9 @@ class DeepPruneConfig:
     def __post_init__(self) -> None:
         for spec in setting_fields():
             value = getattr(self, spec.name)
-            if value is not None:
+            if value is None and spec.default is not None:  # an Engine keyword that was left open
+                object.__setattr__(self, spec.name, spec.default)
+            elif value is not None:
                 object.__setattr__(self, spec.name, _checked(spec, value))
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.judge_device):
             raise ConfigError("judge_device", f"expected cpu or cuda:N, got {self.judge_device!r}")

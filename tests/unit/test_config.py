@@ -42,6 +42,14 @@ def test_a_bad_setting_names_its_field_and_what_is_allowed(settings, field: str)
     assert caught.value.field == field and str(caught.value).startswith(f"deepprune.{field}: ")
 
 
+def test_null_is_no_value_but_for_settings_that_the_preset_decides():
+    assert DeepPruneConfig(base=None, judge_device=None) == DeepPruneConfig()  # type: ignore[arg-type]
+    assert DeepPruneConfig(tau=0.5).override({"tau": None}).tau is None
+    with pytest.raises(ConfigError) as caught:
+        DeepPruneConfig().override({"base": None})
+    assert caught.value.field == "base"
+
+
 def test_overrides_survive_the_wire():
     config = DeepPruneConfig().override({"preset": "paper", "k2": 0, "return": "vote", "tau": 1})
     assert DeepPruneConfig().override(config.request_values()) == config
