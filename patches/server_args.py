@@ -218,6 +218,9 @@ def untested_modes(server_args: Any) -> list[str]:
          or getattr(server_args, "rl_on_policy_target", None), "--enable-deterministic-inference"),
         (width > 1 or getattr(server_args, "enable_dp_attention", False), "--attn-dp-size"),
         (getattr(server_args, "enable_hierarchical_cache", False), "--enable-hierarchical-cache"),
+        (getattr(server_args, "enable_strict_thinking", False), "--enable-strict-thinking"),
+        (getattr(server_args, "enable_return_routed_experts", False),
+         "--enable-return-routed-experts"),
     )  # fmt: skip
     return [name for applies, name in modes if applies]
 
