@@ -53,5 +53,9 @@ def untested(server_args: Any) -> list[str]:
          "--attn-dp-size: a group has to stay on one rank"),
         (has("enable_hierarchical_cache"),
          "--enable-hierarchical-cache: a stopped sibling's KV may be on its way to the host"),
+        (has("enable_strict_thinking"),
+         "--enable-strict-thinking: SGLang's mask for it has no CPU path"),
+        (has("enable_return_routed_experts"),
+         "--enable-return-routed-experts: a mixture of experts has no CPU kernels"),
     )  # fmt: skip
     return [sentence for applies, sentence in modes if applies]

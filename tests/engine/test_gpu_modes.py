@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import requests
 import torch
+from transformers import AutoTokenizer
 
 from sglang_deepprune.answers import extract
 from sglang_deepprune.local_server import has_gpu
@@ -188,6 +190,30 @@ def test_the_hierarchical_cache_keeps_groups_as_they_are(
     with Server(tiny, *COMMON, *MARKER, *GPU, *flags, env=scripts_env) as server:
         for check in (exact_texts, streams, aborted):
             check(server, tokenizer)
+        server.wait_idle()
+        tables(server)
+
+
+def test_a_strict_thinking_budget_holds_for_each_sibling(tiny: Any, tmp_path: Path):
+    """`--enable-strict-thinking`: the budget is a grammar of SGLang's over the thinking."""
+    model = tmp_path / "thinker"
+    shutil.copytree(tiny, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    tokenizer.save_pretrained(model)
+    end = tokenizer.convert_tokens_to_ids("</think>")
+    flags = ("--enable-strict-thinking", "--reasoning-parser", "qwen3", *GPU)
+    with Server(model, *COMMON, *flags) as server:
+        params = {"n": 6, "max_new_tokens": 24, "temperature": 1.0,
+                  "custom_params": {"deepprune": {"preset": "balanced"}}}  # fmt: skip
+        body = {"text": "hello", "sampling_params": params, "require_reasoning": True,
+                "max_thinking_tokens": 5}  # fmt: skip
+        reply = server.post("/generate", body)
+        assert reply.status_code == 200, reply.text
+        outputs = reply.json()
+        assert group_of(outputs)["size"] == 6
+        for output in outputs:
+            assert end in output["output_ids"][:7], output["output_ids"]
         server.wait_idle()
         tables(server)
 

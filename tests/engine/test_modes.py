@@ -87,6 +87,8 @@ NEVER_RUN: dict[str, tuple[list[str], str]] = {
     ),
     "speculative": (["--speculative-algorithm", "NGRAM"], "--speculative-algorithm"),
     "deterministic": (["--enable-deterministic-inference"], "--enable-deterministic-inference"),
+    "strict-thinking": (["--enable-strict-thinking"], "--enable-strict-thinking"),
+    "experts": (["--enable-return-routed-experts"], "--enable-return-routed-experts"),
     "hicache": (["--enable-hierarchical-cache"], "--enable-hierarchical-cache"),
     "two": (
         ["--enable-hierarchical-cache", "--speculative-algorithm", "NGRAM"],

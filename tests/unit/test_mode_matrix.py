@@ -93,6 +93,7 @@ def test_every_refusal_and_every_warning_at_start_has_its_row():
     everything = SimpleNamespace(
         device="cuda", enable_lora=True, speculative_algorithm="EAGLE", attn_dp_size=2,
         enable_deterministic_inference=True, enable_hierarchical_cache=True,
+        enable_strict_thinking=True, enable_return_routed_experts=True,
     )  # fmt: skip
     named = server_args.untested_modes(everything)
     assert len(named) == inspect.getsource(support.untested).count('"--') + 1
