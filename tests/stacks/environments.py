@@ -118,8 +118,8 @@ ENVIRONMENTS = {
         # 7.x wants Node 22; Debian 12 and 13 have less.
         Environment("openai-node", ("openai@6.49.0",), ("openai",), is_node=True),
         Environment("lm-eval", ("lm-eval[api]==0.4.13",), ("lm-eval", "datasets"), is_on_top=True),
-        # Later ones (1.110.2) want a `litellm-proxy` that could not be had when this was pinned; this
-        # one imports a function that later FastAPI releases do not have.
+        # Later ones (1.110.2) want a `litellm-proxy` that could not be had; this one
+        # imports a function that later FastAPI releases do not have.
         Environment(
             "litellm",
             ("litellm[proxy]==1.96.0", "fastapi==0.136.3"),
