@@ -261,7 +261,7 @@ def _first_hopeful(group: Group, members: Sequence[int], limit: int) -> list[int
 
 
 def _late_members(group: Group, members: Sequence[int], limit: int) -> list[Sibling]:
-    keep = _first_hopeful(group, members, limit)
+    keep = frozenset(_first_hopeful(group, members, limit))
     late = [group.siblings[i] for i in members if i not in keep]
     return [sibling for sibling in late if _is_running(sibling)]
 
