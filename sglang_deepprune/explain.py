@@ -21,6 +21,7 @@ from sglang_deepprune.reply import ReplyError, read
 
 _MOST_ANSWERS = 4
 _MOST_LETTERS = 60
+_STOPPED = ("pruned", "decided", "not_started")
 _DECIDED = re.compile(r"decided: (\d+):(\d+) of (\d+) votes, at most (\d+) to come")  # policy.py's
 
 # state -> what is said of its siblings; the order is that of the sentence
@@ -79,18 +80,15 @@ def _vote(group: dict[str, Any]) -> str:
     if not votes:
         return f"Nobody of {group['size']} siblings voted for an answer."
     lead, *others = votes
-    one = (
-        f"{_short(lead['answer'])} {'wins' if group['settled'] else 'leads'} with {lead['votes']} "
-    )
-    one += f"of {_count(cast, 'vote')}"
+    who = f", as sibling {group['winner']} wrote it," if group["winner"] is not None else ""
+    verb = "wins" if group["settled"] else "leads"
+    one = f"{_short(lead['answer'])}{who} {verb} with {lead['votes']} of {_count(cast, 'vote')}"
     if others:
         named = ", ".join(
             f"{_short(other['answer'])} has {other['votes']}" for other in others[:_MOST_ANSWERS]
         )
         left = len(others) - _MOST_ANSWERS
         one += f"; {named}" + (f", and {_count(left, 'other answer')} the rest" if left > 0 else "")
-    if group["winner"] is not None:
-        one += f" (written by sibling {group['winner']})"
     return f"{one}."
 
 
@@ -120,9 +118,11 @@ def _reason(group: dict[str, Any]) -> str:
     counted = _DECIDED.fullmatch(reason)
     if counted:
         lead, next_one, cast, to_come = counted.groups()
+        stopped = any(choice["state"] in _STOPPED for choice in group["choices"])
         return (
-            f"It ended early: the leader had {lead} of {cast} votes, the next answer {next_one}, "
-            f"and with at most {to_come} to come another winner was too unlikely to wait for."
+            f"The vote was decided early: the leader had {lead} of {cast}, the next answer "
+            f"{next_one}, and with at most {to_come} to come another winner was too unlikely to "
+            f"wait for" + ("." if stopped else "; by then nobody was left to stop.")
         )
     kind, _, rest = reason.partition(": ")
     if kind == "gave up":
@@ -146,12 +146,16 @@ def _clusters(group: dict[str, Any]) -> list[str]:
     if not group["judge_calls"] and not group["windows"]:
         return []
     sizes = sorted((len(cluster) for cluster in group["clusters"]), reverse=True)
-    found = f"{_count(len(sizes), 'cluster')} of {_listed([str(size) for size in sizes])}"
+    made = "no cluster"
+    if sizes:
+        made = f"{_count(len(sizes), 'cluster')} of {_listed([str(size) for size in sizes])}"
+        left_out = group["size"] - sum(sizes)
+        if left_out:
+            made += f"; {_count(left_out, 'sibling')} {'is' if left_out == 1 else 'are'} in none"
     return [
         f"The judge compared {_count(group['judge_calls'], 'pair')} of traces in "
         f"{_count(group['windows'], 'window')} ({group['judge_tokens']:,} tokens read, "
-        f"{group['judge_ms']:,.0f} ms)"
-        + (f" and made {found}." if sizes else " and made no cluster.")
+        f"{group['judge_ms']:,.0f} ms) and made {made}."
     ]
 
 
@@ -182,8 +186,9 @@ def _odd(group: dict[str, Any], texts: dict[int, str]) -> list[str]:
         odd.append(f"{silent} finished without an answer that could be read, and abstained.")
     if group["windows"] and not group["judge_calls"]:
         odd.append(
-            f"The judge was handed {_count(group['windows'], 'window')} and had no verdict: it is "
-            f"loading, too slow, broken or not sure; see the server's log, or doctor --url."
+            f"The judge was handed {_count(group['windows'], 'window')} and had no verdict: the "
+            f"group ended first, or it is loading, too slow, broken or not sure; see the server's "
+            f"log, or doctor --url."
         )
     if group["reason"] == RENEWED:
         odd.append("The weights changed while it ran: votes of two models are counted together.")

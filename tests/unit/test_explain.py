@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -52,11 +53,11 @@ def words(group: dict[str, Any], texts: dict[int, str] | None = None) -> str:
 
 def test_a_decided_group_in_a_few_sentences():
     assert words(DECIDED).splitlines() == [
-        "'7' wins with 3 of 3 votes (written by sibling 0).",
+        "'7', as sibling 0 wrote it, wins with 3 of 3 votes.",
         "Of 6 siblings, preset balanced, 3 ran to the end, 1 was stopped because the vote was "
         "decided and 2 never started.",
-        "It ended early: the leader had 3 of 3 votes, the next answer 0, and with at most 3 to "
-        "come another winner was too unlikely to wait for.",
+        "The vote was decided early: the leader had 3 of 3, the next answer 0, and with at most 3 "
+        "to come another winner was too unlikely to wait for.",
         "60 tokens were generated; at most 1,180 more were saved, had each stopped sibling run to "
         "its limit.",
     ]
@@ -64,7 +65,7 @@ def test_a_decided_group_in_a_few_sentences():
 
 def test_a_pruned_group_tells_of_clusters_and_of_the_tie():
     said = words(PAPER)
-    assert "'15' wins with 1 of 2 votes; '9' has 1 (written by sibling 0)." in said
+    assert "'15', as sibling 0 wrote it, wins with 1 of 2 votes; '9' has 1." in said
     assert "2 ran to the end and 2 were stopped as redundant" in said
     assert (
         "5 pairs of traces in 2 windows (1,600 tokens read, 12 ms) and made 2 clusters of 3 and 1"
@@ -95,6 +96,12 @@ def test_what_is_odd_is_named(group: Any, said: str):
     assert said in words(group)
 
 
+def test_a_vote_that_was_decided_when_all_had_ended_stopped_nobody():
+    group = record(["finished"] * 4, ["7"] * 4, votes=(("7", 4),), answer="7", winner=0,
+                   reason="decided: 3:0 of 3 votes, at most 1 to come")  # fmt: skip
+    assert "wait for; by then nobody was left to stop." in words(group)
+
+
 def test_a_group_that_was_none_says_why():
     lost = GroupRecord("", False, ABANDONED, size=4).to_json()
     assert "These 4 siblings were no group: an error of the plugin's own" in words(lost)
@@ -113,7 +120,10 @@ def test_a_running_group_is_told_as_of_now():
                    winner=0)  # fmt: skip
     group["choices"] = []
     said = words(group)
-    assert "'5' leads with 1 of 1 vote" in said and "The group still runs" in said
+    assert (
+        "'5', as sibling 0 wrote it, leads with 1 of 1 vote" in said
+        and "The group still runs" in said
+    )
 
 
 def test_long_answers_and_many_answers_are_cut_short():
@@ -121,6 +131,107 @@ def test_long_answers_and_many_answers_are_cut_short():
     many = record(["finished"] * 7, answer="0", winner=0, votes=votes)
     line = words(many).splitlines()[0]
     assert len(line) < 500 and "…'" in line and "and 2 other answers the rest" in line
+
+
+# -- replies of a real server --------------------------------------------------------------------
+
+# Of SGLang 0.5.23 on scripted tokens (tests/engine/scenario.py); `reasoner1`: sampled for real.
+REPLIES = {
+    row["name"]: row["reply"]
+    for row in map(json.loads, Path(__file__).with_name("replies.jsonl").open(encoding="utf-8"))
+}
+TOLD = {
+    "chat": [
+        "'15', as sibling 0 wrote it, wins with 2 of 2 votes.",
+        "Of 8 siblings, preset paper, 2 ran to the end and 6 were stopped as redundant.",
+        "The judge's clusters settled who ran on: largest of 2 clusters has 5 members.",
+        "The judge compared 15 pairs of traces in 1 window (480 tokens read, 0 ms) and made 2 "
+        "clusters of 5 and 3.",
+        "347 tokens were generated; at most 2,286 more were saved, had each stopped sibling run to "
+        "its limit.",
+    ],
+    "decided": [
+        "'7', as sibling 0 wrote it, wins with 3 of 3 votes.",
+        "Of 12 siblings, preset balanced, 3 ran to the end, 3 were stopped because the vote was "
+        "decided and 6 never started.",
+        "The vote was decided early: the leader had 3 of 3, the next answer 0, and with at most 9 "
+        "to come another winner was too unlikely to wait for.",
+        "224 tokens were generated; at most 3,527 more were saved, had each stopped sibling run to "
+        "its limit.",
+    ],
+    "reasoner1": [
+        "'134', as sibling 1 wrote it, wins with 4 of 5 votes; '135' has 1.",
+        "Of 16 siblings, preset balanced, 5 ran to the end, 5 were stopped because the vote was "
+        "decided and 6 never started.",
+        "The vote was decided early: the leader had 4 of 5, the next answer 1, and with at most 11 "
+        "to come another winner was too unlikely to wait for.",
+        "731 tokens were generated; at most 5,396 more were saved, had each stopped sibling run to "
+        "its limit.",
+    ],
+    "abstained": [
+        "Nobody of 4 siblings voted for an answer.",
+        "Of 4 siblings, preset collect, 4 ran to the end.",
+        "Nothing ended it early: every sibling came to its end.",
+        "47 tokens were generated.",
+        "Mind: All 4 that finished abstained: no final answer was found in their texts (a cut box, "
+        "or a prompt without one right answer).",
+    ],
+    "equal": [
+        "'4', as sibling 0 wrote it, wins with 3 of 3 votes.",
+        "Of 3 siblings, preset collect, 3 ran to the end.",
+        "Nothing ended it early: every sibling came to its end.",
+        "135 tokens were generated.",
+        "Mind: All 3 finished texts are the same: siblings that sample alike (temperature 0?) are "
+        "one sample, and their votes one vote.",
+    ],
+    "raise": [
+        "'3', as sibling 0 wrote it, wins with 4 of 4 votes.",
+        "Of 4 siblings, preset paper, 4 ran to the end.",
+        "Nothing ended it early: every sibling came to its end.",
+        "The judge compared 0 pairs of traces in 1 window (0 tokens read, 0 ms) and made no "
+        "cluster.",
+        "327 tokens were generated.",
+        "Mind: The judge was handed 1 window and had no verdict: the group ended first, or it is "
+        "loading, too slow, broken or not sure; see the server's log, or doctor --url.",
+    ],
+    "nan": [
+        "'3', as sibling 0 wrote it, wins with 4 of 4 votes.",
+        "Of 4 siblings, preset paper, 4 ran to the end.",
+        "Nothing ended it early: every sibling came to its end.",
+        "The judge compared 3 pairs of traces in 1 window (96 tokens read, 0 ms) and made 1 "
+        "cluster of 1; 3 siblings are in none.",
+        "319 tokens were generated.",
+    ],
+    "members": [  # eight replies of a client-side group, of which one has the settled record
+        "'7', as sibling 0 wrote it, wins with 3 of 3 votes.",
+        "Of 8 siblings, preset latency, 3 ran to the end and 5 were stopped because the vote was "
+        "decided.",
+        "The vote was decided early: the leader had 3 of 3, the next answer 0, and with at most 5 "
+        "to come another winner was too unlikely to wait for.",
+        "431 tokens were generated; at most 1,720 more were saved, had each stopped sibling run to "
+        "its limit.",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_real_reply_is_told_word_for_word(name: str):
+    reply = read(json.dumps(REPLIES[name]))
+    (group,) = reply.groups
+    assert words(group, reply.texts).splitlines() == TOLD[name]
+
+
+def test_a_real_reply_to_two_prompts_is_two_groups():
+    reply = read(json.dumps(REPLIES["completions_two"]))
+    said = explain.as_text([explain.explain(group) for group in reply.groups])
+    assert "Group 1 of 2:\n'15', as sibling 0 wrote it, wins with 5 of 8 votes; '9' has 3." in said
+    assert "by then nobody was left to stop" in said and "Group 2 of 2:\n'7'" in said
+
+
+def test_real_records_are_those_of_the_schema():
+    for reply in REPLIES.values():
+        for group in read(json.dumps(reply)).groups:
+            jsonschema.validate(group, {**VALID, **VALID["$defs"]["group"]})
 
 
 # -- where the record stands --------------------------------------------------------------------
@@ -226,7 +337,7 @@ def test_the_command_reads_a_file_and_standard_input(tmp_path, capsys, monkeypat
     place.write_text(json.dumps(OPENAI))
     assert cli.main(["explain", str(place)]) == 0
     from_file = capsys.readouterr().out
-    assert from_file.startswith("'7' wins with 3 of 3 votes")
+    assert from_file.startswith("'7', as sibling 0 wrote it, wins with 3 of 3 votes")
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(OPENAI)))
     assert cli.main(["explain", "-"]) == 0
     assert capsys.readouterr().out == from_file
