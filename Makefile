@@ -7,8 +7,8 @@ STAMP := .venv/.set-up
 # torch's threads spin: more than one per process starves the server on a small machine.
 CPU_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: venv demo test test-full test-stacks test-sdks lint format bench bench-frontier bench-serving kernels-report \
-	bench-kernels dist-check clean
+.PHONY: venv demo test test-full test-stacks test-sdks lint format bench bench-frontier \
+	bench-serving kernels-report bench-kernels dist-check clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
