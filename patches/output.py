@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from sglang_deepprune.patches import wire
@@ -23,6 +24,7 @@ _DELTAS = frozenset({
     "output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs",
     "output_token_sampling_mask", "output_token_sampling_logprobs",
 })  # fmt: skip
+_TEXTS = ("text", "output_ids")  # what a streamed choice holds of its output
 RECORDS = "_deepprune_records"  # attribute of the request object that OpenAI handlers share
 
 
@@ -48,7 +50,8 @@ class Reply:
         self.asks = asks
         self.records: dict[int, dict[str, Any]] = {}  # prompt -> group record
         self.ended: dict[int, int] = {}  # prompt -> finished choices
-        self.buffers: dict[int, dict[str, Any]] = {}  # choice -> whole output, when filtering
+        self.buffers: dict[int, dict[str, Any]] = {}  # choice -> latest output, when filtering
+        self.pieces: dict[tuple[int, str], list[Any]] = {}  # (choice, name) -> its deltas
 
     def whole(self, responses: list[dict[str, Any]], obj: Any) -> list[dict[str, Any]]:
         """A non-streaming reply: choices of all prompts, in order."""
@@ -80,7 +83,7 @@ class Reply:
         self._buffer(response)
         if is_last:
             first = prompt * self.num_siblings
-            block = [self.buffers.pop(first + index) for index in range(self.num_siblings)]
+            block = [self._joined(first + index) for index in range(self.num_siblings)]
             kept = self._finished_block(prompt, ask, block)
             # The dropped choices were generated too: usage counts them with the first kept one.
             spent = sum(_tokens(one) for one in block) - sum(_tokens(one) for one in kept)
@@ -138,16 +141,27 @@ class Reply:
         setattr(obj, RECORDS, [self.records[prompt] for prompt in sorted(self.records)])
 
     def _buffer(self, response: dict[str, Any]) -> None:
-        """Keep a choice's newest output. Deltas (incremental streaming) are joined."""
-        known = self.buffers.get(response["index"])
-        if known is not None and self.is_incremental:
-            for name in ("text", "output_ids"):
-                if response.get(name) is not None and known.get(name) is not None:
-                    response[name] = known[name] + response[name]
-            before, now = known["meta_info"], response["meta_info"]
-            for name in _DELTAS & before.keys() & now.keys():
-                now[name] = before[name] + now[name]
+        """Keep a choice's newest output, and each of its deltas (incremental streaming)."""
         self.buffers[response["index"]] = response
+        for holder, name in _held(response) if self.is_incremental else ():
+            if holder.get(name) is not None:
+                self.pieces.setdefault((response["index"], name), []).append(holder[name])
+
+    def _joined(self, index: int) -> dict[str, Any]:
+        """A choice's whole output; joined once, as n chunks joined one by one cost n^2."""
+        response = self.buffers.pop(index)
+        for holder, name in _held(response):
+            parts = self.pieces.pop((index, name), None)
+            if parts is not None and holder.get(name) is not None:
+                is_text = isinstance(parts[0], str)
+                holder[name] = "".join(parts) if is_text else list(chain.from_iterable(parts))
+        return response
+
+
+def _held(response: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """(where, name) of all that a chunk holds of its own tokens alone."""
+    meta = response["meta_info"]
+    return [(response, name) for name in _TEXTS] + [(meta, name) for name in _DELTAS]
 
 
 def _is_aborted(response: dict[str, Any]) -> bool:

@@ -129,6 +129,21 @@ def test_a_filtered_reply_echoes_each_choices_own_prompt():
     assert [choice.text for choice in response.choices] == ["first text 0", "second one text 2"]
 
 
+def test_deltas_are_joined_in_order_once_the_vote_is_known():
+    shape, obj = output.Reply(2, [ask("survivors")], is_incremental=True), SimpleNamespace()
+    sent: list[dict[str, Any]] = []
+    for place in range(200):
+        for index in (0, 1):
+            is_last = place == 199
+            record = group(["finished", "pruned"]) if is_last and index else None
+            chunk = {**reply(index, record, end=is_last), "output_ids": [index, place]}
+            sent += shape.piece({**chunk, "text": f"{index}:{place} "}, obj)
+    (one,) = sent
+    assert one["text"] == "".join(f"0:{place} " for place in range(200))
+    assert one["output_ids"] == [x for place in range(200) for x in (0, place)]
+    assert not shape.buffers and not shape.pieces
+
+
 def test_a_vote_without_a_winner_returns_a_finished_choice():
     outputs = [reply(0), reply(1, group(STATES, winner=None)), reply(2)]
     shaped = output.Reply(3, [ask("vote")]).whole(outputs, SimpleNamespace())
