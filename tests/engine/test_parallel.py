@@ -11,15 +11,19 @@ from tests.engine.conftest import COMMON, MARKER
 from tests.engine.server import Server
 from tests.engine.test_groups import DECIDE, PAPER, PRUNE, ask, group_of, states
 from tests.engine.test_lazy import LONG, in_background
+from tests.engine.versions import before
 
 # SGLang's CPU engine asks for one core a rank.
 CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+# Before 0.5.19 one entry a tensor-parallel rank; data-parallel ones share it.
+DP_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0-1"} if before("0.5.19") else CORES
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--tp", "2"), ("--dp", "2")], ids=["tp2", "dp2"])
 def test_a_group_is_whole_on_two_ranks(tiny, scripts_env, flags: tuple[str, str]):
-    with Server(tiny, *COMMON, *MARKER, *flags, env={**scripts_env, **CORES}) as server:
+    cores = DP_CORES if flags[0] == "--dp" else CORES
+    with Server(tiny, *COMMON, *MARKER, *flags, env={**scripts_env, **cores}) as server:
         for _ in range(3):
             outputs = ask(server, PRUNE, 8, PAPER)
             assert states(outputs) == ["finished", "finished", *["pruned"] * 6]
