@@ -16,6 +16,7 @@ from sglang_deepprune.types import Pair
 
 _WORD = re.compile(r"\w+")
 _MAX_TEXTS = 2048
+_MAX_CHARS = 8_000_000  # a set takes up to 30 bytes a character: about 230 MB in all
 
 
 class TrigramJudge:
@@ -25,7 +26,9 @@ class TrigramJudge:
     mixes_groups = True
 
     def __init__(self) -> None:
-        self._sets: VectorCache[frozenset[tuple[str, ...]]] = VectorCache(_trigrams, _MAX_TEXTS)
+        self._sets: VectorCache[frozenset[tuple[str, ...]]] = VectorCache(
+            _trigrams, _MAX_TEXTS, _MAX_CHARS
+        )
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """[num_pairs] float32 in [0, 1]; see `Judge.score`."""

@@ -15,13 +15,22 @@ from typing import Generic, TypeVar
 V = TypeVar("V")
 
 
-class VectorCache(Generic[V]):
-    """Bounded, least recently used first out. `compute` maps one text to its vector."""
+MAX_CHARS = 64_000_000  # of the texts whose vectors are kept
 
-    def __init__(self, compute: Callable[[str], V], max_items: int):
+
+class VectorCache(Generic[V]):
+    """Bounded, least recently used first out. `compute` maps one text to its vector.
+
+    `max_chars` bounds what they take where a vector grows with its text: clients choose how long
+    a cut is.
+    """
+
+    def __init__(self, compute: Callable[[str], V], max_items: int, max_chars: int = MAX_CHARS):
         self.compute = compute
         self.max_items = max_items
-        self._items: OrderedDict[bytes, V] = OrderedDict()
+        self.max_chars = max_chars
+        self._items: OrderedDict[bytes, tuple[V, int]] = OrderedDict()  # with the text's length
+        self._num_chars = 0
 
     def __len__(self) -> int:
         return len(self._items)
@@ -33,10 +42,14 @@ class VectorCache(Generic[V]):
     def _one(self, text: str) -> V:
         data = text.encode("utf-8", "surrogatepass")
         key = hashlib.blake2b(data, digest_size=16).digest()
-        if key in self._items:
+        known = self._items.get(key)
+        if known is not None:
             self._items.move_to_end(key)
-            return self._items[key]
-        vector = self._items[key] = self.compute(text)
-        if len(self._items) > self.max_items:
-            self._items.popitem(last=False)
+            return known[0]
+        vector = self.compute(text)
+        self._items[key] = vector, len(text)
+        self._num_chars += len(text)
+        while len(self._items) > self.max_items or self._num_chars > self.max_chars:
+            _, (_, size) = self._items.popitem(last=False)
+            self._num_chars -= size
         return vector

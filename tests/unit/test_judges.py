@@ -259,6 +259,14 @@ def test_each_text_is_computed_once_while_it_is_held():
     assert len(cache) == 2
 
 
+def test_the_cache_is_bounded_by_the_length_of_its_texts_too():
+    cache = VectorCache(len, max_items=100, max_chars=100)
+    for size in range(1, 60):
+        assert cache.of(["x" * size]) == {"x" * size: size}
+        assert cache._num_chars == sum(length for _, length in cache._items.values()) <= 100
+    assert cache.of(["y" * 1000]) == {"y" * 1000: 1000} and len(cache) == 0
+
+
 def test_more_texts_than_the_bound_are_all_answered():
     cache = VectorCache(len, max_items=2)
     assert cache.of(["a", "bb", "ccc", "dddd"]) == {"a": 1, "bb": 2, "ccc": 3, "dddd": 4}
