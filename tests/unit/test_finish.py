@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from typing import Any
 
 import pytest
 
@@ -20,10 +21,11 @@ RETIRED = Retired(ChoiceRecord(0, "finished", 5), GroupRecord("g", True, "x" * 3
 def test_a_reason_carries_its_record_and_is_gone_with_its_last_holder(kind: str):
     """By reference counts alone: what waits for the garbage collector waits for hours in a server
     with a large heap, and looks like a leak."""
+    of_sglang: Any = finish  # its imports are SGLang's classes
     reason = {
-        "token": lambda: finish.FINISH_MATCHED_TOKEN(matched=7),
+        "token": lambda: of_sglang.FINISH_MATCHED_TOKEN(matched=7),
         "stopped": lambda: finish.FinishStopped(State.PRUNED, 5),
-        "abort": lambda: finish.FINISH_ABORT("gone"),
+        "abort": lambda: of_sglang.FINISH_ABORT("gone"),
     }[kind]()
     plain = reason.to_json()
     gc.disable()
