@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.plugin_folder import plugin_path
 
 FILE_VARIABLE = "DEEPPRUNE_SCRIPTS"
+_MOST_RIDS = 16_384
 
 _scripts: dict[tuple[int, ...], list[list[int]]] = {}
 _arrivals: dict[tuple[int, ...], int] = defaultdict(int)
@@ -87,6 +88,8 @@ def note(original: Callable[..., Any], self: Any, req: Any, is_retracted: bool =
             index = _arrivals[prompt]
             _arrivals[prompt] += 1
         _by_rid[req.rid] = (len(prompt), tokens[index % len(tokens)])
+        if len(_by_rid) > _MOST_RIDS:  # of a sibling that was stopped nobody tells us
+            del _by_rid[next(iter(_by_rid))]
         if prompt in _probes and index < len(_probes[prompt]):
             _readings[tag["gid"], index] = list(_probes[prompt][index])
     return original(self, req, is_retracted)

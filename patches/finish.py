@@ -43,9 +43,13 @@ def is_cut(reason: Any) -> bool:
 
 
 def annotate(reason: Any, retired: Retired) -> None:
-    """Let `reason.to_json()` carry the record; every other key stays as it is."""
-    carried, plain = payload(retired), reason.to_json
-    reason.to_json = lambda: {**plain(), **carried}
+    """Let `reason.to_json()` carry the record; every other key stays as it is.
+
+    The reason must not come to hold itself, as it would by its own `to_json`: a server's heap is so
+    large that Python looks for such circles rarely, and a record is some kilobytes.
+    """
+    told = {**reason.to_json(), **payload(retired)}
+    reason.to_json = lambda: dict(told)
 
 
 def payload(retired: Retired) -> dict[str, str]:
