@@ -18,7 +18,9 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_deepprune.config import ConfigError, DeepPruneConfig
+from sglang.srt.managers import io_struct
+
+from sglang_deepprune.config import ConfigError, DeepPruneConfig, shown
 from sglang_deepprune.patches import output, wire
 from sglang_deepprune.patches.ranks import RankBook, rank_of_name
 from sglang_deepprune.patches.server_args import config_of, token_of
@@ -217,6 +219,7 @@ def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any
     """AROUND `_send_one_request` (sync before 0.5.20, a coroutine since): tag, then pass on."""
     params = getattr(tokenized_obj, "sampling_params", None)
     if params is not None and config_of(self.server_args) is not None:
+        _check_travels(params)
         fan = _FAN.get()
         if fan is not None and not fan.is_done:
             rank, tagged = fan.next_tag(tokenized_obj.rid)
@@ -234,6 +237,15 @@ def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any
             tokenized_obj.sampling_params = params = copy.copy(params)
             params.custom_params = wire.with_tag(custom, tagged)
     return original(self, tokenized_obj)
+
+
+def _check_travels(params: Any) -> None:
+    """SGLang takes anything for `custom_params`, and where its processes send each other typed
+    messages (`SGLANG_USE_PICKLE_IPC=0`) its scheduler dies of what is no object."""
+    custom = getattr(params, "custom_params", None)
+    if custom is None or isinstance(custom, dict) or getattr(io_struct, "_USE_PICKLE_IPC", True):
+        return
+    raise ConfigError("custom_params", f"expected an object, got {shown(custom)}")
 
 
 def _client_side_tag(self: Any, tokenized_obj: Any) -> dict[str, Any] | None:
