@@ -191,11 +191,12 @@ def work_of(server: Server, user: str) -> list[str]:
             server.post("/generate", {"text": prompt, "sampling_params": {**params, "n": 6}}).text
         )
         body = {"model": "m", "n": 4, "max_tokens": 400, "custom_params": params["custom_params"]}
-        with requests.post(
-            f"{server.url}/v1/completions", json={**body, "prompt": prompt, "stream": True},
-            stream=True, timeout=120,
-        ) as reply:  # fmt: skip
-            told.append(reply.text)
+        pieces: dict[int, str] = {}  # a chunk may end in the middle of a canary
+        for chunk in server.stream("/v1/completions", {**body, "prompt": prompt}):
+            for one in chunk["choices"]:
+                pieces[one["index"]] = pieces.get(one["index"], "") + one["text"]
+            told.append(json.dumps({**chunk, "choices": []}))
+        told += pieces.values()
         group = {**settings, "group": f"canary-{user}-group", "size": 3}
         one = {**params, "custom_params": {"deepprune": group}}
         with ThreadPoolExecutor(3) as pool:
@@ -223,7 +224,7 @@ def test_no_text_of_a_request_is_in_anothers_reply_nor_in_log_or_metrics(own: Se
     own.wait_idle()
     for user in USERS:
         other = next(one for one in USERS if one != user)
-        assert sum(f"canary-{user}" in text for text in told[user]) >= 10
+        assert sum(f"canary-{user}" in text for text in told[user]) >= 16
         assert not [text for text in told[user] if other in text]
     quoted = [line for line in own.log.splitlines() if "canary" in line]
     assert not quoted, quoted[:3]
@@ -267,8 +268,7 @@ def longest_wait_s(server: Server, path: str, body: bytes) -> float:
     thread.start()
     try:
         time.sleep(0.05)
-        status = send(server, path, body).status_code
-        assert status < 500, status
+        send(server, path, body)
     finally:
         is_over.set()
         thread.join()
@@ -292,6 +292,8 @@ def test_a_cheap_request_does_not_wait_for_hostile_settings(own: Server, name: s
         for key, found in waits.items():
             custom = LONG[name].replace("KEY", key)
             found.append(longest_wait_s(own, "/generate", body_of("/generate", custom)))
+    reply = send(own, "/generate", body_of("/generate", LONG[name].replace("KEY", "deepprune")))
+    assert reply.status_code == 400, reply.text[:300]
     ours, theirs = (min(found) for found in waits.values())
     print(f"{name}: a cheap request waits {ours * 1e3:.0f} ms, without us {theirs * 1e3:.0f} ms")
     assert ours - theirs < BUSY * STEP_LIMIT_MS / 1e3
