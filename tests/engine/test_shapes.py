@@ -298,7 +298,9 @@ def test_a_json_schema_votes_by_its_answer_field(scripted: Server):
 def test_tool_calls_hold_no_answer_and_all_come_back(scripted: Server):
     needs_page1(scripted)
     kinds = {"type": "object", "properties": {"a": {"enum": [3, 4]}}, "required": ["a"]}
-    function = {"name": "add", "parameters": {**kinds, "additionalProperties": False}}
+    # Without `strict` SGLang's grammar takes any JSON for the arguments, and this model says any.
+    parameters = {**kinds, "additionalProperties": False}
+    function = {"name": "add", "parameters": parameters, "strict": True}
     body = body_of(
         "/v1/chat/completions", "call it", 6, {"deepprune": {"preset": "balanced"}},
         tools=[{"type": "function", "function": function}], parallel_tool_calls=False,
@@ -310,8 +312,9 @@ def test_tool_calls_hold_no_answer_and_all_come_back(scripted: Server):
     for choice in reply["choices"]:
         (call,) = choice["message"]["tool_calls"]
         assert call["function"]["name"] == "add"
-        assert isinstance(json.loads(call["function"]["arguments"]), dict)
-        assert choice["finish_reason"] == "tool_calls"
+        assert json.loads(call["function"]["arguments"])["a"] in (3, 4)
+        # Behind its call this model may babble on to its last token.
+        assert choice["finish_reason"] in ("tool_calls", "length")
     group = reply["metadata"]["deepprune"]
     assert group["answer"] is None and group["reason"].startswith("open-ended")
     assert {choice["state"] for choice in group["choices"]} == {"finished"}
