@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ def doctor(*words: str, python: tuple[str, ...] = (), **env: str) -> tuple[int, 
     done = subprocess.run(
         [sys.executable, *python, "-m", "sglang_deepprune.cli", "doctor", "--json", *words],
         env=cpu_env({"SGLANG_PLUGINS": "", **env}), capture_output=True, text=True, timeout=300,
+        cwd=tempfile.gettempdir(),  # a clone holds metadata of ours, and would be looked at first
     )  # fmt: skip
     assert done.stdout.startswith("{"), done.stderr[-3000:]
     return done.returncode, by_check(
@@ -95,7 +98,7 @@ def test_a_start_that_works_has_no_fault(tiny: Path, tmp_path: Path):
     assert "paper, cut at words 25" in found["preset"][0][1]
     assert found["judge"] == [("ok", "judge similarity (prunes under `paper` alone: no card allows "
                                "more)")]  # fmt: skip
-    assert "travel on server_args: 8 in each tokenizer process" in found["start"][0][1]
+    assert re.search(r"travel on server_args: \d+ in each tokenizer process", found["start"][0][1])
     assert "tokenizer workers: activated by the settings" in found["processes"][0][1]
     assert {"gpu", "triton"} <= set(found)
 
