@@ -107,6 +107,7 @@ def test_a_start_that_works_has_no_fault(tiny: Path, tmp_path: Path):
     assert {"gpu", "triton"} <= set(found)
 
 
+@pytest.mark.modes
 def test_flags_and_settings_that_do_not_fit_are_named_before_a_start(tiny: Path, tmp_path: Path):
     base = ["--model-path", str(tiny), "--device", "cpu", "--enable-deepprune"]
     weights = tmp_path / "mine.json"
@@ -181,6 +182,7 @@ def test_a_plugin_that_raises_at_load_is_named(tmp_path: Path):
     assert "reinstall" in faults(found)["plugin"]
 
 
+@pytest.mark.modes
 def test_a_newer_sglang_with_a_renamed_seam_is_named(tmp_path: Path):
     (tmp_path / "later.py").write_text(RENAMES)
     path = installed(tmp_path, "sglang", "0.5.99")
@@ -193,6 +195,7 @@ def test_a_newer_sglang_with_a_renamed_seam_is_named(tmp_path: Path):
     assert found["version"][0][0] == "warning" and "0.5.99 is newer" in found["version"][0][1]
 
 
+@pytest.mark.modes
 def test_an_older_sglang_is_named(tmp_path: Path):
     code, found = doctor(PYTHONPATH=installed(tmp_path, "sglang", "0.5.14"))
     assert code == 1 and f"older than {support.OLDEST}" in faults(found)["version"]
@@ -204,6 +207,7 @@ def test_a_missing_sglang_is_named():
     assert code == 1 and "no SGLang is installed" in faults(found)["version"]
 
 
+@pytest.mark.modes
 def test_an_sglang_that_does_not_import_is_named(tmp_path: Path):
     (tmp_path / "sglang").mkdir()
     (tmp_path / "sglang" / "__init__.py").write_text("import a_wheel_that_is_missing\n")

@@ -69,6 +69,7 @@ def test_one_sample_is_no_group(scripted: Server, path: str):
             assert "deepprune" not in metadata(reply) and len(reply["choices"]) == 1
 
 
+@pytest.mark.modes
 def test_five_hundred_siblings_of_a_decided_question_are_never_started(scripted: Server):
     outputs = ask(scripted, DECIDE, 512, {"preset": "balanced", "widen": 0.0})
     found = Counter(states(outputs))
@@ -400,7 +401,11 @@ def test_a_session_is_left_alone_unless_it_asks(scripted: Server):
 # -- prompts without one right answer ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["balanced", "latency", "faithful", "economy"])
+@pytest.mark.parametrize(
+    "preset",
+    ["balanced",
+     *(pytest.param(one, marks=pytest.mark.modes) for one in ("latency", "faithful", "economy"))],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["poem", "code", "proof"])
 def test_poems_programs_and_proofs_hold_no_answer_and_all_run_to_their_end(
     scripted: Server, kind: str, preset: str
