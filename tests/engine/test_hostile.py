@@ -125,7 +125,8 @@ USERS = ("alpha", "beta")
 def said_by(user: str, index: int) -> str:
     """A trace full of its user's canaries; the answer needs the fence."""
     body = " ".join(f"canary-{user}-{word}" for word in scenario.WORDS)
-    return f"<A> {body} turn {index} so \\boxed{{x+{index % 2}+canary_{user}}}"
+    # Its number first: the judge is not asked about traces that begin alike.
+    return f"<A> turn {index} {body} so \\boxed{{x+{index % 2}+canary_{user}}}"
 
 
 UNITS = ", ".join(f"{i}x kilograms" for i in range(40))
@@ -168,13 +169,20 @@ def own(tiny: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) ->
         "--enable-metrics", "--deepprune-group-timeout-s", "2",
     )  # fmt: skip
     with Server(tiny, *flags, env=env) as server:
+        deadline = time.monotonic() + 60
+        while state_of(server)["deepprune"]["judge_state"] == "loading":
+            assert time.monotonic() < deadline  # groups that end before it has loaded ask nobody
+            time.sleep(0.2)
         yield server
+
+
+def state_of(server: Server) -> dict[str, Any]:
+    return dict(server.get("/server_info")["internal_states"][0])
 
 
 def longest_ms(server: Server) -> dict[str, float]:
     """Function of ours -> CPU time of its longest call so far."""
-    info = server.get("/server_info")
-    return dict(info["internal_states"][0][fault_plugin.KEY]["longest_ms"])
+    return dict(state_of(server)[fault_plugin.KEY]["longest_ms"])
 
 
 def work_of(server: Server, user: str) -> list[str]:
@@ -182,7 +190,7 @@ def work_of(server: Server, user: str) -> list[str]:
     told: list[str] = []
     prompt = f"canary-{user}-prompt"
     settings = {
-        "preset": "paper", "cut": "tokens", "cut_tokens": 8, "window": 4,
+        "preset": "paper", "cut": "tokens", "cut_tokens": 32, "window": 4,
         "answer_field": f"canary-{user}-field",
     }  # fmt: skip
     params = {"max_new_tokens": 400, "custom_params": {"deepprune": settings}}
