@@ -36,7 +36,9 @@ def cpu_env(extra: dict[str, str] | None = None, *, strict: bool = True) -> dict
         **(STRICT if strict else {}),
         **(extra or {}),
     }
-    parts = (str(ROOT), str(ROOT / "tests"), env.get("PYTHONPATH", ""))
+    # What a test asks for comes first: a clone may hold metadata of ours (egg-info), which counts.
+    own, ambient = (extra or {}).get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")
+    parts = (own, str(ROOT), str(ROOT / "tests"), ambient)
     return {**env, "PYTHONPATH": os.pathsep.join(part for part in parts if part)}
 
 

@@ -49,14 +49,10 @@ for env, argv in json.loads(sys.argv[1]):
 
 def doctor(*words: str, python: tuple[str, ...] = (), **env: str) -> tuple[int, dict[str, Any]]:
     """Exit code, and check -> [(state, sentence)], of the command in a process of its own."""
-    environment = cpu_env({"SGLANG_PLUGINS": "", **env})
-    # A clone may hold metadata of ours (egg-info), and would be looked at first.
-    first = env.get("PYTHONPATH")
-    if first:
-        environment["PYTHONPATH"] = os.pathsep.join((first, environment["PYTHONPATH"]))
     done = subprocess.run(
         [sys.executable, *python, "-m", "sglang_deepprune.cli", "doctor", "--json", *words],
-        env=environment, cwd=tempfile.gettempdir(), capture_output=True, text=True, timeout=300,
+        env=cpu_env({"SGLANG_PLUGINS": "", **env}), capture_output=True, text=True, timeout=300,
+        cwd=tempfile.gettempdir(),
     )  # fmt: skip
     assert done.stdout.startswith("{"), done.stderr[-3000:]
     return done.returncode, by_check(
