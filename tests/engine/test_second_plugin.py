@@ -47,7 +47,7 @@ def test_both_plugins_have_their_flags_whichever_is_loaded_first(
     ]
     env = joined(*(folders if first == "sglang_deepprune" else folders[::-1]))
     done = subprocess.run(
-        [sys.executable, "-c", PARSE, str(tiny)], env=cpu_env(env),
+        [sys.executable, "-c", PARSE, str(tiny)], env=cpu_env(env), cwd=tmp_path,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     found = [line[6:] for line in done.stdout.splitlines() if line.startswith("FOUND ")]
