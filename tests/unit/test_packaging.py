@@ -135,3 +135,10 @@ def test_the_command_line_refuses_an_unknown_subcommand(capsys):
         cli.main(["demolish"])
     assert error.value.code == 2
     assert "invalid choice: 'demolish'" in capsys.readouterr().err
+
+
+def test_no_script_hides_a_module_of_pythons():
+    """`python benchmarks/x.py` puts that folder first on the path: a numbers.py there breaks
+    fractions."""
+    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__"]
+    assert scripts and not [one for one in scripts if one.stem in sys.stdlib_module_names]

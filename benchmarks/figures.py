@@ -1,7 +1,7 @@
 """The headline figures of docs/numbers.md, out of benchmarks/results: good ones and bad ones.
 
-    python -m benchmarks.numbers            # prints the table
-    python -m benchmarks.numbers --write    # puts it into docs/numbers.md
+    python -m benchmarks.figures            # prints the table
+    python -m benchmarks.figures --write    # puts it into docs/numbers.md
 
 A test compares the page with `table()`, so that no figure there can differ from its JSON. Ratios
 are to plain n>1 of the same study; `cons@k` is a vote of fewer plain samples at the same tokens.
