@@ -29,8 +29,7 @@ from sglang_deepprune.config import (
     setting_fields,
 )
 from sglang_deepprune.findings import Finding, State
-from sglang_deepprune.judges import check_judge
-from sglang_deepprune.judges.permission import card_path, sentence, with_card
+from sglang_deepprune.judges.permission import card_path, sentence
 from sglang_deepprune.patches.support import INSTALL, NEWEST, PLUGIN, untested
 
 DONE = "done"  # the last line's key
@@ -278,9 +277,8 @@ def _with_device(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _settings(report: Report, args: argparse.Namespace) -> bool:
-    """Ours, in the order in which a server reads them (`server_args._attach`)."""
-    from sglang_deepprune.patches.server_args import with_memory
-    from sglang_deepprune.probing import is_probe
+    """Ours, as a server reads them (`server_args._attach`); of several faults, each."""
+    from sglang_deepprune.patches.server_args import SETTINGS_STEPS
 
     values = {
         spec.name: getattr(args, dest_of(spec))
@@ -295,21 +293,14 @@ def _settings(report: Report, args: argparse.Namespace) -> bool:
         return False
     cut = config.cut_name.replace(":", " ")
     report("preset", "ok", f"{config.preset}, cut at {cut}, default {config.default!r}")
-    for step in (_with_judge, with_card, with_memory):
-        if step is with_memory and not is_good:
-            break  # it reads the judge's files
+    for step in SETTINGS_STEPS:
         try:
-            config = step(config)
+            config = step(config, args)
         except ConfigError as error:
             is_good = False
             report("card" if error.field == "judge_card" else "judge", "fault", str(error))
-    if is_probe(config.judge):
-        from sglang_deepprune.patches.fork import refusal
-
-        why = refusal(args)
-        if why:
-            is_good = False
-            report("judge", "fault", f"probe does not work here: {why}; choose another judge")
+            if error.field == "judge":
+                break  # the others read the judge's files
     if is_good:
         _judge(report, config, is_chosen=config.judge != DeepPruneConfig().judge)
     return is_good
@@ -332,13 +323,6 @@ def _judge(report: Report, config: DeepPruneConfig, *, is_chosen: bool) -> None:
     else:
         why = f"it has no card at {place}; make one by eval-judge --card, or use preset paper"
     report("card", "warning" if is_chosen else "note", f"the judge is never asked: {why}")
-
-
-def _with_judge(config: DeepPruneConfig) -> DeepPruneConfig:
-    check_judge(config.judge)
-    if config.judge.partition(":")[0] == "probe-server":
-        raise ConfigError("judge", "'probe-server' is for recorded traces; use probe")
-    return config
 
 
 def _flag(error: ConfigError) -> str:

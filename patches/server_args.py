@@ -147,19 +147,9 @@ def _attach(server_args: Any, values: dict[str, Any]) -> None:
     config = DeepPruneConfig(**values)
     if not config.enable:
         return
-    check_judge(config.judge)
-    config = with_card(config)
-    check_attention(config)
-    config = with_memory(config)
+    for step in SETTINGS_STEPS:
+        config = step(config, server_args)
     refuse_unproven_modes(server_args)
-    if config.judge.partition(":")[0] == "probe-server":
-        raise ConfigError("judge", "'probe-server' is for recorded traces; use probe")
-    if is_probe(config.judge):
-        from sglang_deepprune.patches.fork import refusal  # imports SGLang's scheduler side
-
-        why = refusal(server_args)
-        if why:
-            raise ConfigError("judge", f"probe does not work here: {why}")
     untested = untested_modes(server_args)
     if untested:
         logger.warning(UNTESTED, " and ".join(untested))
@@ -167,8 +157,26 @@ def _attach(server_args: Any, values: dict[str, Any]) -> None:
     activate(config, everywhere=True)
 
 
-def with_memory(config: DeepPruneConfig) -> DeepPruneConfig:
-    """The config with what the judge will take of its device. Raises ConfigError."""
+def _with_judge(config: DeepPruneConfig, server_args: Any) -> DeepPruneConfig:
+    check_judge(config.judge)
+    if config.judge.partition(":")[0] == "probe-server":
+        raise ConfigError("judge", "'probe-server' is for recorded traces; use probe")
+    if is_probe(config.judge):
+        from sglang_deepprune.patches.fork import refusal  # imports SGLang's scheduler side
+
+        why = refusal(server_args)
+        if why:
+            raise ConfigError("judge", f"probe does not work here: {why}; choose another judge")
+    return config
+
+
+def _with_card(config: DeepPruneConfig, server_args: Any) -> DeepPruneConfig:
+    return with_card(config)
+
+
+def _with_memory(config: DeepPruneConfig, server_args: Any) -> DeepPruneConfig:
+    """The config with what the judge will take of its device."""
+    check_attention(config)
     total = None
     if config.judge_device != "cpu" and config.judge != "none":
         from sglang.srt.utils import get_device_memory_capacity
@@ -180,6 +188,12 @@ def with_memory(config: DeepPruneConfig) -> DeepPruneConfig:
         if not total:
             raise ConfigError("judge_device", f"no {config.judge_device!r} here; use cpu")
     return dataclasses.replace(config, judge_mem=check_memory(config, total))
+
+
+# What a start makes of the settings, in order: each gives the config back, more complete, or raises
+# ConfigError. A later one may read what an earlier one has found to be there.
+# `server_args`: SGLang's ServerArgs, or the parsed flags that it is made of.
+SETTINGS_STEPS = (_with_judge, _with_card, _with_memory)
 
 
 def refuse_unproven_modes(server_args: Any) -> None:

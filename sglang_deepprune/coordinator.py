@@ -14,18 +14,19 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from sglang_deepprune import policy, tau
 from sglang_deepprune.answers import Fence, extract
-from sglang_deepprune.config import MOST_CUT_TOKENS, DeepPruneConfig
+from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.judging import JudgeWorker
 from sglang_deepprune.metrics import GROUPS, VERDICT_LATENCY, Meter, Reason, count_group
 from sglang_deepprune.probing import ProbeDesk, box_end, read
+from sglang_deepprune.reading import READ_TOKENS, TraceReader, in_turn
 from sglang_deepprune.record import choice_of, record_of
-from sglang_deepprune.truncation import CUT_SLACK, Cut, make_cut, warm_up
+from sglang_deepprune.truncation import warm_up
 from sglang_deepprune.types import (
     ABSENT,
     ChoiceRecord,
@@ -36,7 +37,6 @@ from sglang_deepprune.types import (
     JudgeResult,
     JudgeTask,
     Probe,
-    Trace,
 )
 from sglang_deepprune.voting import Ballot, Question
 
@@ -44,9 +44,6 @@ logger = logging.getLogger(__name__)
 
 Command = JudgeResult | FenceResult | Close | Expire | Probe
 HOLD_LIMIT_S = 2.0  # the longest that a finished group's last output waits for the fence
-READ_TOKENS = 4096  # that one decode step decodes for the judge, about 3 ms; the rest follows
-MOST_CUTS = 8  # traces that one decode step cuts
-JUDGED_CHARS = 16_000_000  # of a group's traces: each window hands all of them over, 8 ms to pack
 MOST_MEMBERS = 4096  # of an open-ended group; whoever comes later is a plain request
 MOST_AWAITED = 65_536  # siblings of all client-side groups: one request may announce thousands
 ANSWER_TAIL_CHARS = 32_768  # a token may be a run of a hundred spaces
@@ -80,7 +77,6 @@ class Fork:
 
 
 Action = Stop | Start | Fork
-Item = TypeVar("Item")
 
 _GREEDY = (
     "deepprune: the siblings of a group at temperature 0 are one and the same trace; what stopping "
@@ -113,19 +109,13 @@ class Run:
     """A group and what the coordinator needs around it."""
 
     group: Group
+    reader: TraceReader
     max_new_tokens: int
     is_client_side: bool = False
     starts_in_reasoning: bool = False
-    prompt: str = ""  # what a judge may read of it
-    cuts: dict[int, Cut] = field(default_factory=dict)
-    traces: dict[int, Trace] = field(default_factory=dict)  # truncated, one a judged sibling
-    unread: dict[int, list[int]] = field(default_factory=dict)  # ids of ended ones, not cut yet
-    next_read: int = 0  # the sibling at which reading goes on
-    num_chars: int = 0  # of the traces
     in_flight: frozenset[int] = frozenset()  # siblings of the task that the judge has now
     asked_s: float = 0.0  # when it was handed over
     over_s: float | None = None  # since when its last output waits for the fence
-    is_behind: bool = False  # more siblings have reached the cut than one step could read
     touched_s: float = 0.0
     order: int = 0  # the engine's: when the group's first sibling arrived
 
@@ -217,7 +207,7 @@ class Coordinator:
                 self._told_greedy = True
                 logger.warning(_GREEDY)
             if self.judge is not None and run.group.config.is_judged:
-                run.prompt = self._prompt(prompt_ids)
+                run.reader.prompt = self._prompt(prompt_ids)
         group = run.group
         if index == ABSENT:
             taken = [i for i, s in group.siblings.items() if s.state is not State.EXPECTED]
@@ -247,7 +237,8 @@ class Coordinator:
         self._epoch += 1
         group = Group(group_id, size, self.config.override(settings), epoch=self._epoch)
         group.is_closed = size > 0
-        run = Run(group, max_tokens, is_client_side=index == ABSENT)
+        reader = TraceReader(group, self.read)
+        run = Run(group, reader, max_tokens, is_client_side=index == ABSENT)
         self._num_awaited += size if run.is_client_side else 0
         self.runs[group_id] = run
         return run
@@ -255,7 +246,7 @@ class Coordinator:
     def observe(self, outputs: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
         """One decode step: {group: {sibling: its output ids}}. Every W steps, hand to the judge."""
         left = READ_TOKENS
-        for group_id in _from(list(outputs), self._next_read):
+        for group_id in in_turn(list(outputs), self._next_read):
             run, siblings = self.runs.get(group_id), outputs[group_id]
             if run is None:
                 continue
@@ -268,11 +259,13 @@ class Coordinator:
             if not group.config.is_judged:
                 continue
             if group.is_decided or group.is_released:
-                run.unread.clear()  # nobody will be asked about them
+                run.reader.unread.clear()  # nobody will be asked about them
                 continue
-            is_window = group.steps % group.config.window == 0 or run.is_behind
-            if is_window or run.unread:
-                left = self._read_traces(run, siblings if is_window else {}, left)
+            is_window = group.steps % group.config.window == 0 or run.reader.is_behind
+            if is_window or run.reader.unread:
+                left = run.reader.advance(siblings if is_window else {}, left)
+                if run.reader.has_more:
+                    self._next_read = group_id
             if is_window:
                 self._look(run)
 
@@ -295,12 +288,10 @@ class Coordinator:
         )
         sibling.answer = found.answer if found else None
         sibling.has_voted = True
-        if index in run.traces:
-            run.traces[index] = replace(run.traces[index], answer=sibling.answer)
-            if self.desk is not None:
-                self.desk.ended(group_id, run.traces[index])
-        elif group.config.is_judged and not sibling.is_submitted:
-            run.unread[index] = list(output_ids[: MOST_CUT_TOKENS + CUT_SLACK])
+        if group.config.is_judged:
+            trace = run.reader.ended(index, output_ids, sibling.answer)
+            if trace is not None and self.desk is not None:
+                self.desk.ended(group_id, trace)
         self._ask(run, group.tally.add(Ballot(sibling.answer, index)))
         return self._replan(run)
 
@@ -350,8 +341,7 @@ class Coordinator:
         group = run.group
         sibling = group.siblings[index]
         sibling.state, sibling.doom, sibling.num_tokens = state, None, num_tokens
-        if index not in run.unread:
-            run.cuts.pop(index, None)
+        run.reader.drop(index)
         is_over = group.is_over and (group.is_closed or not run.is_client_side)
         if is_over and not group.tally.is_settled and not run.is_client_side:
             run.over_s = self.clock()
@@ -521,70 +511,19 @@ class Coordinator:
         self.forget(run.group.group_id)
         return record
 
-    def _read_traces(self, run: Run, outputs: Mapping[int, Sequence[int]], left: int) -> int:
-        """Cut what has become long enough, and what has ended, as far as `left` tokens go.
-
-        Returns what is left of them. Each step begins where the last one ended, in the group and
-        among the groups: whoever has much to read keeps nobody else from being read. Tokens are
-        counted, not seconds: the same on every rank.
-        """
-        group = run.group
-        num_before = len(run.traces)
-        run.is_behind = False
-        for index in _from([*run.unread, *outputs], run.next_read):
-            sibling = group.siblings[index]
-            is_end = index in run.unread
-            if not is_end and (not sibling.is_live or sibling.is_submitted or index in run.traces):
-                continue
-            if left <= 0 or len(run.traces) - num_before >= MOST_CUTS:
-                run.is_behind, run.next_read = bool(outputs), index
-                self._next_read = group.group_id
-                break
-            if not is_end:
-                sibling.num_tokens = len(outputs[index])
-            ids = run.unread[index] if is_end else outputs[index]
-            left -= self._read_trace(run, index, ids, is_end, left)
-        return left
-
-    def _read_trace(
-        self, run: Run, index: int, output_ids: Sequence[int], is_end: bool, most: int
-    ) -> int:
-        """Look for one sibling's cut, and keep what stands before it. Returns what was decoded."""
-        cut = run.cuts.get(index)
-        if cut is None:
-            cut = run.cuts[index] = make_cut(run.group.config, self.read)
-        before = cut.num_decoded
-        point = cut.advance(output_ids, most)
-        if point is None and is_end and not cut.is_behind:
-            point = cut.end(output_ids)
-        run.is_behind = run.is_behind or (cut.is_behind and not is_end)
-        if point is not None:
-            text = cut.text(output_ids, point)
-            answer = run.group.siblings[index].answer if is_end else None
-            run.num_chars += len(text)
-            if run.num_chars <= JUDGED_CHARS:
-                run.traces[index] = Trace(
-                    index, text, point.num_tokens, point.kind, answer, run.prompt
-                )
-            else:
-                run.group.siblings[index].is_submitted = True  # and without a verdict
-            if is_end:
-                del run.unread[index], run.cuts[index]
-        return cut.num_decoded - before + 1
-
     def _look(self, run: Run) -> None:
         """Hand over what was cut, unless the judge is at it already."""
         group = run.group
         if self.desk is not None and group.steps % group.config.window == 0:
             self.desk.window(group.group_id)
-        fresh = [i for i in sorted(run.traces) if not group.siblings[i].is_submitted]
+        fresh, traces = run.reader.fresh, run.reader.traces
         if not fresh or run.in_flight or group.is_decided or group.is_released:
             return
-        placed = [run.traces[index] for cluster in group.clusters for index in cluster]
+        placed = [traces[index] for cluster in group.clusters for index in cluster]
         task = JudgeTask(
             group_id=group.group_id,
             epoch=group.epoch,
-            traces=tuple(run.traces[index] for index in fresh),
+            traces=tuple(traces[index] for index in fresh),
             members=tuple(placed),
             clusters=tuple(tuple(cluster) for cluster in group.clusters),
             tau=tau.merge_tau(group),
@@ -669,11 +608,3 @@ class Coordinator:
             sibling.state = State.QUEUED
             actions.append(Start(group.group_id, sibling.index))
         return actions
-
-
-def _from(items: Sequence[Item], first: Item) -> Sequence[Item]:
-    """The items in a circle, from the first one on, if it is one of them."""
-    if first not in items:
-        return items
-    place = items.index(first)
-    return [*items[place:], *items[:place]]

@@ -154,7 +154,7 @@ def test_a_prompt_that_cannot_be_read_is_empty():
 
     c.read = unreadable
     assert c.admit("g", 0, 2, {}, 100, prompt_ids=[1 << 60]) == Admission(0)
-    assert c.runs["g"].prompt == ""
+    assert c.runs["g"].reader.prompt == ""
 
 
 def verdict(c: Coordinator, *places: tuple[int, int], gid: str = "g", epoch: int | None = None):
@@ -404,7 +404,7 @@ def test_one_step_cuts_a_few_traces_and_the_next_ones_go_on():
     fill(c, 20)
     for length in range(1, 8):
         step(c, list(range(20)), length)
-    assert len(c.runs["g"].traces) == 20
+    assert len(c.runs["g"].reader.traces) == 20
     assert len(c.judge.tasks[0].traces) == 8  # type: ignore[union-attr]
 
 

@@ -8,16 +8,11 @@ from typing import Any
 
 import pytest
 
-from sglang_deepprune import coordinator as module
+from sglang_deepprune import reading
 from sglang_deepprune.config import MOST_CUT_TOKENS, DeepPruneConfig
-from sglang_deepprune.coordinator import (
-    MOST_AWAITED,
-    MOST_CUTS,
-    MOST_MEMBERS,
-    READ_TOKENS,
-    Coordinator,
-)
+from sglang_deepprune.coordinator import MOST_AWAITED, MOST_MEMBERS, Coordinator
 from sglang_deepprune.group import State
+from sglang_deepprune.reading import MOST_CUTS, READ_TOKENS
 from sglang_deepprune.record import MOST_RUNNING_VOTES
 from sglang_deepprune.types import ABSENT, Close
 from tests.hostile import BUSY, STEP_LIMIT_MS, cpu_ms
@@ -80,13 +75,13 @@ def test_one_step_reads_no_more_than_its_share_and_all_are_read_in_the_end(
     ids = [0] * length
     outputs = {"g": dict.fromkeys(range(size), ids)}
     for _ in range(600):
-        known = len(run.traces)
+        known = len(run.reader.traces)
         assert spent(c, read, outputs) <= READ_TOKENS + LEAST
-        assert len(run.traces) - known <= MOST_CUTS
-        if len(run.traces) == size or not run.is_behind:
+        assert len(run.reader.traces) - known <= MOST_CUTS
+        if len(run.reader.traces) == size or not run.reader.is_behind:
             break
     is_open = settings == {"window": 1} or not word.strip("\ufffd")  # neither words nor tokens
-    assert len(run.traces) == (0 if is_open else size)
+    assert len(run.reader.traces) == (0 if is_open else size)
 
 
 def test_a_word_at_the_end_of_each_block_costs_its_share_too():
@@ -105,7 +100,7 @@ def test_a_group_that_has_much_to_read_keeps_no_other_from_being_read():
     for length in range(200, 212):
         greedy, modest = [0] * (length * 40), [0] * length
         c.observe({"greedy": dict.fromkeys(range(64), greedy), "modest": {0: modest, 1: modest}})
-    assert set(c.runs["modest"].traces) == {0, 1}
+    assert set(c.runs["modest"].reader.traces) == {0, 1}
     judge: Any = c.judge
     assert any(task.group_id == "modest" for task in judge.tasks)
 
@@ -118,23 +113,27 @@ def test_siblings_that_have_ended_are_read_with_the_others_and_then_judged():
         c.vote("g", index, ids, False)
         c.retire("g", index, State.FINISHED, len(ids))
     run = c.runs["g"]
-    assert set(run.unread) == {0, 1} and not run.traces
+    assert set(run.reader.unread) == {0, 1} and not run.reader.traces
     for length in range(1, 9):
         c.observe({"g": {2: [0] * length, 3: [0] * length}})
-    assert not run.unread and set(run.traces) == {0, 1} and not set(run.cuts) & {0, 1}
-    assert [trace.cut for trace in run.traces.values()] == ["end", "end"]
+    assert (
+        not run.reader.unread
+        and set(run.reader.traces) == {0, 1}
+        and not set(run.reader._cuts) & {0, 1}
+    )
+    assert [trace.cut for trace in run.reader.traces.values()] == ["end", "end"]
     judge: Any = c.judge
     assert [trace.sibling for trace in judge.tasks[0].traces] == [0, 1]
 
 
 def test_more_text_than_a_judge_is_handed_leaves_siblings_without_a_verdict(monkeypatch: Any):
-    monkeypatch.setattr(module, "JUDGED_CHARS", 100)
+    monkeypatch.setattr(reading, "JUDGED_CHARS", 100)
     read = Counted()
     c = make(6, read, window=1, cut="tokens", cut_tokens=10)  # 30 characters a trace
     for length in range(10, 30):
         c.observe({"g": {index: [0] * length for index in range(6)}})
     run = c.runs["g"]
-    assert set(run.traces) == {0, 1, 2}
+    assert set(run.reader.traces) == {0, 1, 2}
     group = run.group
     assert all(group.siblings[index].is_submitted for index in range(6))
     before = read.tokens
