@@ -10,7 +10,7 @@ SGLang's own finish path releases it within the same `process_batch_result_decod
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -23,6 +23,7 @@ from sglang_deepprune.coordinator import (
     Action,
     Command,
     Coordinator,
+    End,
     Fork,
     Retired,
     Start,
@@ -172,6 +173,7 @@ class Engine:
         if tokens is None:
             return
         self.replan_lost()
+        ends: dict[str, list[End]] = {}
         for req, token in zip(batch.reqs, tokens, strict=False):
             live = self.live.get(req.rid)
             if live is None or req.finished() or req.is_retracted:
@@ -183,11 +185,17 @@ class Engine:
                 # Stopped in the step in which it ends anyway: its whole answer counts.
                 req.to_finish, req.skip_radix_cache_insert = None, live.skipped_insert
                 self.coordinator.revive(live.group_id, live.index)
-            self._at = live.group_id
             output_ids = [*req.output_ids, token] if is_cut else list(req.output_ids)
-            self._act(self.coordinator.vote(live.group_id, live.index, output_ids, is_cut))
+            ends.setdefault(live.group_id, []).append(End(live.index, output_ids, is_cut))
+        self._vote(ends)
         if self.probes.running:
             self.probes.guard(self.probes.before_result, batch, tokens)
+
+    def _vote(self, ends: Mapping[str, Sequence[End]]) -> None:
+        """By group: what ends in this step votes before anybody is stopped for it."""
+        for group_id, some in ends.items():
+            self._at = group_id
+            self._act(self.coordinator.vote(group_id, some))
 
     def before_prefill_result(self, batch: Any, result: Any) -> None:
         """Probes in a prefill batch: their first token is known."""
@@ -365,17 +373,21 @@ class Engine:
             if req is not skip and req.rid in self.live and req.finished()
             and not req.finished_output
         ]  # fmt: skip
+        ends: dict[str, list[End]] = {}
         for live in ended:
             reason = live.req.finished_reason
-            self._at = live.group_id
             if finish.state_of(reason) is State.FINISHED:
                 # A no-op for ends that `before_result` saw; stop strings and grammar come here.
-                output_ids = _text_ids(live.req)
-                cut = finish.is_cut(reason)
-                self._act(self.coordinator.vote(live.group_id, live.index, output_ids, cut))
+                end = End(live.index, _text_ids(live.req), finish.is_cut(reason))
+                ends.setdefault(live.group_id, []).append(end)
+        self._vote(ends)
         for live in ended:
             self._at = live.group_id
             self._retire(live, finish.state_of(live.req.finished_reason))
+        for group_id in dict.fromkeys(live.group_id for live in ended):
+            self._at = group_id
+            self.wake(group_id)
+            self._let_go(group_id)
 
     def without_pending(self, reqs: Sequence[Any]) -> list[Any]:
         """`reqs` less the last outputs that wait for their group's vote to be counted."""
@@ -395,8 +407,6 @@ class Engine:
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         if state in (State.ABORTED, State.FAILED):
             self._lost.add(live.group_id)
-        self.wake(live.group_id)
-        self._let_go(live.group_id)
         if retired is None:
             return
         if retired.is_pending:

@@ -78,6 +78,16 @@ class Fork:
 
 Action = Stop | Start | Fork
 
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A sibling has reached its natural end. `is_cut`: by its token limit."""
+
+    index: int
+    output_ids: Sequence[int]
+    is_cut: bool
+
+
 _GREEDY = (
     "deepprune: the siblings of a group at temperature 0 are one and the same trace; what stopping "
     "them spares is not counted as saved"
@@ -269,31 +279,37 @@ class Coordinator:
             if is_window:
                 self._look(run)
 
-    def vote(
-        self, group_id: str, index: int, output_ids: Sequence[int], is_cut: bool
-    ) -> list[Action]:
-        """A sibling has reached its natural end: its ballot, and what follows from it."""
+    def vote(self, group_id: str, ends: Sequence[End]) -> list[Action]:
+        """The siblings that end in this step, in the batch's order: their ballots, and what follows
+        from all of them. The policy is asked once: it looks at every sibling of the group."""
         run = self.runs.get(group_id)
-        if run is None or run.group.siblings[index].has_voted:
+        if run is None:
             return []
-        sibling, group = run.group.siblings[index], run.group
+        fresh = [end for end in ends if not run.group.siblings[end.index].has_voted]
+        for end in fresh:
+            self._count(run, end)
+        return self._replan(run) if fresh else []
+
+    def _count(self, run: Run, end: End) -> None:
+        """One ballot."""
+        group = run.group
+        sibling = group.siblings[end.index]
         sibling.doom = None
-        sibling.num_tokens = len(output_ids)
-        text = self.decode(output_ids[-ANSWER_TAIL_TOKENS:])[-ANSWER_TAIL_CHARS:]
+        sibling.num_tokens = len(end.output_ids)
+        text = self.decode(end.output_ids[-ANSWER_TAIL_TOKENS:])[-ANSWER_TAIL_CHARS:]
         found = extract(
             text,
-            is_cut=is_cut,
+            is_cut=end.is_cut,
             json_field=group.config.answer_field or None,
             starts_in_reasoning=run.starts_in_reasoning,
         )
         sibling.answer = found.answer if found else None
         sibling.has_voted = True
         if group.config.is_judged:
-            trace = run.reader.ended(index, output_ids, sibling.answer)
+            trace = run.reader.ended(end.index, end.output_ids, sibling.answer)
             if trace is not None and self.desk is not None:
-                self.desk.ended(group_id, trace)
-        self._ask(run, group.tally.add(Ballot(sibling.answer, index)))
-        return self._replan(run)
+                self.desk.ended(group.group_id, trace)
+        self._ask(run, group.tally.add(Ballot(sibling.answer, end.index)))
 
     def apply(self, command: Command) -> list[Action]:
         """A verdict of the leader, on every rank at the same step. Late ones are dropped."""

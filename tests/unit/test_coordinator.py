@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.coordinator import Action, Admission, Coordinator, Start, Stop
+from sglang_deepprune.coordinator import Action, Admission, Coordinator, End, Start, Stop
 from sglang_deepprune.group import State
 from sglang_deepprune.types import (
     ABSENT,
@@ -84,7 +84,7 @@ def step(c: Coordinator, live: list[int], length: int, gid: str = "g") -> None:
 
 
 def end(c: Coordinator, index: int, last: int, gid: str = "g") -> list[Action]:
-    stops = c.vote(gid, index, [0, 0, last], False)
+    stops = c.vote(gid, [End(index, [0, 0, last], False)])
     c.retire(gid, index, State.FINISHED, 3)
     return stops
 
@@ -121,7 +121,7 @@ def test_a_sibling_votes_and_retires_once():
     c = coordinator(preset="collect")
     fill(c, 2)
     end(c, 0, 1)
-    assert c.vote("g", 0, [0, 0, 2], False) == []
+    assert c.vote("g", [End(0, [0, 0, 2], False)]) == []
     assert c.retire("g", 0, State.ABORTED, 9) is None
     assert c.runs["g"].group.num_voted == 1
 
@@ -214,7 +214,7 @@ def test_the_last_output_waits_for_the_fence_and_equal_answers_become_one_vote()
     c = coordinator(preset="collect")
     fill(c, 2)
     end(c, 0, 8)
-    c.vote("g", 1, [0, 0, 9], False)
+    c.vote("g", [End(1, [0, 0, 9], False)])
     retired = c.retire("g", 1, State.FINISHED, 3)
     assert retired is not None and retired.is_pending and retired.group is None
     assert c.settle("g") is None
@@ -270,7 +270,7 @@ def test_a_sibling_that_comes_after_its_group_gave_it_up_is_one_of_it_all_the_sa
         c.apply(command)
     assert c.admit("g", 1, 2, {}, 100) == Admission(1)
     end(c, 0, 1)
-    c.vote("g", 1, [0, 0, 1], False)
+    c.vote("g", [End(1, [0, 0, 1], False)])
     retired = c.retire("g", 1, State.FINISHED, 3)
     assert retired is not None and retired.choice.state == "finished"
     assert retired.group is not None and retired.group.votes == (("1", 2),)
@@ -300,7 +300,7 @@ def test_a_sibling_that_comes_while_only_the_fence_is_waited_for_is_a_plain_requ
     for command in c.poll():
         c.apply(command)
     end(c, 0, 8)
-    c.vote("g", 1, [0, 0, 9], False)
+    c.vote("g", [End(1, [0, 0, 9], False)])
     assert c.retire("g", 1, State.FINISHED, 3).is_pending  # type: ignore[union-attr]
     assert c.admit("g", 2, 3, {}, 100) is None
     c.fence.answers = [(0, True)]  # type: ignore[union-attr]
@@ -344,7 +344,7 @@ def test_a_group_of_many_formulas_asks_few_questions_and_waits_only_so_long():
     fill(c, 40)
     for index in range(40):
         TEXTS[100 + index] = f"\\boxed{{(x+{index + 2})^2 + y^{index + 3}}}"
-        c.vote("g", index, [0, 0, 100 + index], False)
+        c.vote("g", [End(index, [0, 0, 100 + index], False)])
         retired = c.retire("g", index, State.FINISHED, 3)
     assert len(c.fence.asked) <= 16  # type: ignore[union-attr]
     assert retired is not None and retired.is_pending
@@ -391,7 +391,7 @@ def test_a_fence_that_cannot_be_asked_answers_by_the_broadcast():
     c.fence.ask = broken  # type: ignore[union-attr,method-assign]
     fill(c, 2)
     end(c, 0, 8)
-    c.vote("g", 1, [0, 0, 9], False)
+    c.vote("g", [End(1, [0, 0, 9], False)])
     assert c.retire("g", 1, State.FINISHED, 3).is_pending  # type: ignore[union-attr]
     (command,) = c.poll()
     assert isinstance(command, FenceResult) and command.is_same is None
@@ -521,7 +521,7 @@ def test_the_name_of_a_client_side_group_starts_anew_with_the_weights():
     after = c.name_of("g", ABSENT)
     assert after != before and c.name_of("g", 0) == "g"
     c.admit(after, ABSENT, 4, {}, 100)
-    c.vote(before, 1, [0, 0, 1], False)
+    c.vote(before, [End(1, [0, 0, 1], False)])
     retired = c.retire(before, 1, State.FINISHED, 3)
     assert retired is not None and retired.group is not None  # the others are not waited for
     assert retired.group.settled and retired.group.votes == (("1", 2),)
@@ -534,7 +534,7 @@ def test_an_answer_that_the_fence_has_not_compared_counts_apart_once_the_weights
     end(c, 0, 8)
     end(c, 1, 9)
     c.renew()
-    c.vote("g", 2, [0, 0, 9], False)
+    c.vote("g", [End(2, [0, 0, 9], False)])
     retired = c.retire("g", 2, State.FINISHED, 3)
     assert retired is not None and retired.group is not None
     assert [votes for _, votes in retired.group.votes] == [2, 1]

@@ -19,7 +19,7 @@ from sglang_deepprune.config import (
     request_fields,
     setting_fields,
 )
-from sglang_deepprune.coordinator import Coordinator, Stop
+from sglang_deepprune.coordinator import Coordinator, End, Stop
 from sglang_deepprune.group import State
 from sglang_deepprune.judges import load_judge
 from sglang_deepprune.judges.permission import with_card
@@ -134,7 +134,7 @@ def test_the_policy_of_the_page_stops_a_unanimous_group(
         for index in range(512):
             coordinator.admit("g", index, 512, {}, 100)
         coordinator.observe({"g": {index: [0] for index in range(512)}})
-        actions = [coordinator.vote("g", index, [index], False) for index in range(3)]
+        actions = [coordinator.vote("g", [End(index, [index], False)]) for index in range(3)]
         assert not actions[0] and not actions[1]
         assert all(isinstance(a, Stop) and a.state is State.DECIDED for a in actions[2])
         return [action.index for action in actions[2]]

@@ -33,7 +33,7 @@ from hypothesis.stateful import (
 from sglang_deepprune import metrics, policy
 from sglang_deepprune.clustering import place
 from sglang_deepprune.config import PRESETS, DeepPruneConfig
-from sglang_deepprune.coordinator import Action, Command, Coordinator, Retired, Start, Stop
+from sglang_deepprune.coordinator import Action, Command, Coordinator, End, Retired, Start, Stop
 from sglang_deepprune.group import Group, State
 from sglang_deepprune.types import ABSENT, GroupRecord, JudgeResult, JudgeTask
 from tests.unit.test_coordinator import Clock, FakeFence, FakeJudge, decode
@@ -302,6 +302,7 @@ class Ranks(RuleBasedStateMachine):
         """A few siblings end in one step: all vote, then all leave. Doomed ones among them too."""
         self.replan_lost()
         ending = self.some(data, 4, RUNNING)
+        ends: dict[str, list[End]] = {}
         for gid, index in ending:
             member = self.groups[gid].members[index]
             member.tokens += 1
@@ -310,8 +311,10 @@ class Ranks(RuleBasedStateMachine):
                 self.both("revive", gid, index)
             last = data.draw(st.sampled_from(ANSWERS))
             ids = [0] * (member.tokens - 1) + [last]
-            self.act(self.both("vote", gid, index, ids, False))
-            assert self.both("vote", gid, index, ids, False) == [], "voted twice"
+            ends.setdefault(gid, []).append(End(index, ids, False))
+        for gid, some in ends.items():
+            self.act(self.both("vote", gid, some))
+            assert self.both("vote", gid, some) == [], "voted twice"
         for gid, index in ending:
             self.retire(gid, index, State.FINISHED)
         self.asked = list(range(len(self.fence.asked)))
@@ -549,7 +552,7 @@ class Ranks(RuleBasedStateMachine):
                         self.retire(gid, index, member.doom)
                         continue
                     ids = [0] * member.tokens + [1]
-                    self.act(self.both("vote", gid, index, ids, False))
+                    self.act(self.both("vote", gid, [End(index, ids, False)]))
                     self.retire(gid, index, State.FINISHED)
             self.clock.now += TIMEOUT_S + 1
             if passes > 100:  # a group whose last output waits must not need the fence for its end

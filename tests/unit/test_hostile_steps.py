@@ -10,7 +10,7 @@ import pytest
 
 from sglang_deepprune import reading
 from sglang_deepprune.config import MOST_CUT_TOKENS, DeepPruneConfig
-from sglang_deepprune.coordinator import MOST_AWAITED, MOST_MEMBERS, Coordinator
+from sglang_deepprune.coordinator import MOST_AWAITED, MOST_MEMBERS, Coordinator, End
 from sglang_deepprune.group import State
 from sglang_deepprune.reading import MOST_CUTS, READ_TOKENS
 from sglang_deepprune.record import MOST_RUNNING_VOTES
@@ -110,7 +110,7 @@ def test_siblings_that_have_ended_are_read_with_the_others_and_then_judged():
     c = make(4, read, window=4, cut="words")
     ids = [0] * 200
     for index in (0, 1):
-        c.vote("g", index, ids, False)
+        c.vote("g", [End(index, ids, False)])
         c.retire("g", index, State.FINISHED, len(ids))
     run = c.runs["g"]
     assert set(run.reader.unread) == {0, 1} and not run.reader.traces
@@ -177,7 +177,7 @@ def test_the_record_that_each_member_carries_holds_the_first_votes_alone():
     for number in range(size):
         admission = c.admit("c", ABSENT, 0, {"eps": 0.0, "admission": "eager"}, 10)
         assert admission is not None
-        c.vote("c", admission.index, [number, 0], False)
+        c.vote("c", [End(admission.index, [number, 0], False)])
         retired = c.retire("c", admission.index, State.FINISHED, 2)
         assert retired is not None and retired.group is not None
         assert len(retired.group.votes) <= MOST_RUNNING_VOTES
@@ -197,7 +197,23 @@ def test_a_vote_takes_part_of_a_step(size: int):
     for index in range(size):
         c.admit("g", index, size, {"preset": "latency", "eps": 0.0}, 10)
     slowest = max(
-        cpu_ms(functools.partial(c.vote, "g", index, [index, 0], False), tries=1)
+        cpu_ms(functools.partial(c.vote, "g", [End(index, [index, 0], False)]), tries=1)
         for index in range(min(size, 100))
     )
     assert slowest < BUSY * STEP_LIMIT_MS, f"{slowest:.0f} ms"
+
+
+@pytest.mark.parametrize("num_answers", [1, 10, 512])
+def test_a_whole_group_may_end_in_one_step(num_answers: int):
+    """512 siblings of one length: the policy is asked once, not once a sibling."""
+    size = 512
+
+    def ended() -> float:
+        c = Coordinator(DeepPruneConfig(enable=True), lambda ids: f"\\boxed{{{ids[0]}}}")
+        for index in range(size):
+            c.admit("g", index, size, {"admission": "eager"}, 10)
+        ends = [End(index, [index % num_answers], False) for index in range(size)]
+        return cpu_ms(functools.partial(c.vote, "g", ends), tries=1)
+
+    took = min(ended() for _ in range(3))
+    assert took < BUSY * STEP_LIMIT_MS, f"{took:.0f} ms"

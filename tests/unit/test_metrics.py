@@ -17,7 +17,7 @@ import pytest
 
 from sglang_deepprune import metrics, policy
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.coordinator import Coordinator
+from sglang_deepprune.coordinator import Coordinator, End
 from sglang_deepprune.group import State
 from sglang_deepprune.metrics import Failure, Meter, Metric, Reason
 from sglang_deepprune.patches.metrics import Gauges, PrometheusMeter, meter_of, private_slots
@@ -119,7 +119,7 @@ def test_a_group_whose_last_output_waits_for_the_fence_counts_when_it_is_settled
     c, tally = coordinator(preset="collect")
     fill(c, 2)
     end(c, 0, 8)
-    c.vote("g", 1, [0, 0, 9], False)
+    c.vote("g", [End(1, [0, 0, 9], False)])
     assert c.retire("g", 1, State.FINISHED, 3).is_pending  # type: ignore[union-attr]
     assert not tally.sums
     c.fence.answers = [(0, True)]  # type: ignore[union-attr]

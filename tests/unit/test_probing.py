@@ -10,7 +10,7 @@ import pytest
 
 from sglang_deepprune.clustering import place
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
-from sglang_deepprune.coordinator import Coordinator, Fork, Stop
+from sglang_deepprune.coordinator import Coordinator, End, Fork, Stop
 from sglang_deepprune.group import State
 from sglang_deepprune.judges import check_judge, check_offline, load_judge
 from sglang_deepprune.judges.permission import card_path
@@ -201,7 +201,7 @@ def test_a_sibling_that_ends_speaks_for_its_probe():
     opened(c, 2)
     run(c, 4, 2)
     forks, _ = step(c)
-    c.vote("g", 1, ids_of("1 so \\boxed{7}"), False)
+    c.vote("g", [End(1, ids_of("1 so \\boxed{7}"), False)])
     tell(c, forks[0], "7")
     tell(c, forks[1], "8", 0.1)  # too late, and of no use
     _, stops = step(c)
