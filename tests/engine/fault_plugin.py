@@ -99,29 +99,33 @@ def aborted(result: Any, self: Any, recv_req: Any) -> None:
 
 
 def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
-    """AFTER `get_internal_state`: pools, queues and our tables."""
+    """AFTER `get_internal_state`: pools, queues and, with the flag on, our tables."""
     from sglang_deepprune.patches import hooks, sampling
 
     scheduler, ours = self.scheduler, hooks.engine()
+    tree = scheduler.tree_cache
+    queues = {"queue": len(scheduler.waiting_queue), "running": len(scheduler.running_batch.reqs)}
+    state = result.internal_state[KEY] = {
+        "tables": queues,
+        "free": int(scheduler.token_to_kv_pool_allocator.available_size()),
+        "evictable": int(tree.evictable_size()),
+        "protected": int(tree.protected_size()),
+        "rows": int(scheduler.req_to_token_pool.available_size()),
+        "slots": int(scheduler.max_total_num_tokens),
+    }
     if ours is None:
         return None
-    tree, coordinator = scheduler.tree_cache, ours.coordinator
+    coordinator = ours.coordinator
     judge, fence = coordinator.judge, coordinator.fence
     worker: Any = getattr(judge, "worker", judge)  # a probe's desk stands before it
     tables = {
         **coordinator.sizes, "live": len(ours.live), "rids": len(ours.rids),
         "pending": len(ours.pending), "held": len(ours.room.held), "extras": len(ours.rows.extras),
         "prefixes": len(ours.prefixes.locks), "seeds": len(sampling.SEEDS),
-        "lost": len(ours._lost), "queue": len(scheduler.waiting_queue),
-        "running": len(scheduler.running_batch.reqs),
+        "lost": len(ours._lost), **queues,
     }  # fmt: skip
-    result.internal_state[KEY] = {
+    state |= {
         "tables": tables,
-        "free": int(scheduler.token_to_kv_pool_allocator.available_size()),
-        "evictable": int(tree.evictable_size()),
-        "protected": int(tree.protected_size()),
-        "rows": int(scheduler.req_to_token_pool.available_size()),
-        "slots": int(scheduler.max_total_num_tokens),
         "judge_pid": worker._child.pid if worker is not None else None,
         "judge_tasks": judge.num_pending if judge is not None else 0,
         "is_judge_ready": worker is not None and worker.is_ready,
@@ -145,5 +149,5 @@ async def of_tokenizer(original: Callable[..., Any], self: Any) -> Any:
     if KEY in states[0]:
         states[0][KEY]["tables"]["rid_to_state"] = len(self.rid_to_state)
         states[0][KEY]["tables"]["stems"] = len(tokenizer_manager._BY_STEM)
-        states[0][KEY]["longest_ms"] |= _longest_ms
+        states[0][KEY]["longest_ms"] = {**states[0][KEY].get("longest_ms", {}), **_longest_ms}
     return states

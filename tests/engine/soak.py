@@ -1,6 +1,7 @@
 """A long mixed load at capacity, and whether the server's processes stay as large as they are.
 
     python -m tests.engine.soak --minutes 30 --json FILE
+    python -m tests.engine.soak --plain     # the same load with the flag off, to compare with
 
 The load is that of `faults.py` without what its operator does: groups of every kind, streams,
 aborts, disconnects, members that join by name, bystanders, judges that fail; always more clients
@@ -31,7 +32,7 @@ import psutil
 from benchmarks.report import Row, print_table, write_json
 from tests.engine.fault_clients import run
 from tests.engine.fault_plan import Ask, Setup, round_of
-from tests.engine.faults import Harness, prepare
+from tests.engine.faults import FLAGS, PLAIN_FLAGS, Harness, prepare
 
 MIB = 1 << 20
 WARM_UP = 1 / 3  # of the run
@@ -41,6 +42,7 @@ MEASURES = ("rss_mib", "fds", "threads")
 # More clients than rows: the waiting room and the queue are never empty for long.
 SETUP = Setup(page_size=1, is_overlap=True, slots=3000, rows=16, fill=0.25, clients=24)
 _ASKS_A_SEED = 60
+_OPEN = ("judge_tasks", "fence_open")
 _ROLES = (
     ("sglang_deepprune.child", "children"), ("scheduler", "scheduler"),
     ("detokenizer", "detokenizer"), ("resource_tracker", "resource tracker"),
@@ -156,12 +158,18 @@ def _row(
     }  # fmt: skip
 
 
-def soak(minutes: float, every_s: float = 5.0, seed: int = 1) -> tuple[list[Row], list[Row], Row]:
-    """(verdicts, samples, what the load was), of so many minutes on a server of its own."""
+def soak(
+    minutes: float, every_s: float = 5.0, seed: int = 1, *, is_plain: bool = False
+) -> tuple[list[Row], list[Row], Row]:
+    """(verdicts, samples, what the load was), of so many minutes on a server of its own.
+
+    `is_plain`: with the flag off. Then nobody says what became of a sibling: no answer is checked.
+    """
     samples: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with Harness(prepare(folder), folder, SETUP) as harness:
+        flags = PLAIN_FLAGS if is_plain else FLAGS
+        with Harness(prepare(folder), folder, SETUP, flags) as harness:
             start = time.monotonic()
             with Load(harness, seed * 1_000_000) as load:
                 while (spent := time.monotonic() - start) < minutes * 60:
@@ -169,17 +177,20 @@ def soak(minutes: float, every_s: float = 5.0, seed: int = 1) -> tuple[list[Row]
                     samples.append({
                         "seconds": round(spent, 1), "requests": load.num_asked,
                         "processes": sample(harness.server.process.pid),
-                        "tables": {**state["tables"], "judge_tasks": state["judge_tasks"],
-                                   "fence_open": state["fence_open"]},
+                        "tables": {**state["tables"],
+                                   **{name: state[name] for name in _OPEN if name in state}},
                     })  # fmt: skip
                     time.sleep(every_s)
+            if is_plain:
+                load.wrong.clear()
             leaked, left = harness._after()
             if leaked or left:
                 load.wrong.append(f"after the last client: {'; '.join(left)}")
             about = {
                 "minutes": minutes, "requests": load.num_asked, "hung": load.num_hung,
                 "wrong": len(load.wrong), "leaked_slots": leaked, "states": dict(load.states),
-                "server": harness.setup.name, "faults_of_ours": harness.state()["faults"],
+                "server": harness.setup.name, "flags": list(flags),
+                "faults_of_ours": harness.state().get("faults", []),
                 "examples": load.wrong[:10],
             }  # fmt: skip
     return verdict(samples), samples, about
@@ -198,9 +209,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two samples")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--plain", action="store_true", help="the flag off: SGLang's own growth")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    verdicts, samples, about = soak(args.minutes, args.every, args.seed)
+    verdicts, samples, about = soak(args.minutes, args.every, args.seed, is_plain=args.plain)
     print_table(verdicts, f"{about['requests']} requests in {args.minutes:g} minutes: is it flat?")
     for name, value in about.items():
         print(f"{name}: {value}")
