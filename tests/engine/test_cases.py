@@ -84,6 +84,17 @@ def test_d2_the_warm_up_is_not_a_sibling(scripted: Server):
     assert reply["usage"]["prompt_tokens"] == outputs[0]["meta_info"]["prompt_tokens"]
 
 
+def wait_for_groups(server: Server, count: int) -> None:
+    """Until so many groups live."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        state = server.get("/server_info")["internal_states"][0]["deepprune"]
+        if state["live_groups"] == count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{state['live_groups']} groups live, not {count}")
+
+
 def test_d3_a_groups_rid_aborts_that_group_and_no_other(scripted: Server):
     def run(rid: str) -> Any:
         return scripted.post(
@@ -95,7 +106,7 @@ def test_d3_a_groups_rid_aborts_that_group_and_no_other(scripted: Server):
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.submit(run, "job1"), pool.submit(run, "job11")
-        time.sleep(0.5)
+        wait_for_groups(scripted, 2)
         requests.post(f"{scripted.url}/abort_request", json={"rid": "job1"}, timeout=30)
         aborted, kept = first.result(), second.result()
     assert kept.status_code == 200
