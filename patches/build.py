@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -41,6 +42,21 @@ def _worker(config: DeepPruneConfig) -> JudgeWorker:
         device=config.judge_device, memory_mib=config.judge_mem,
         attention=config.judge_attention,
     )  # fmt: skip
+
+
+def agreed(scheduler: Any, config: DeepPruneConfig) -> DeepPruneConfig:
+    """The settings of all ranks. Each node reads a command line and a judge's card of its own, and
+    draws a token of its own (`server_args.Carrier`): those of the first rank hold."""
+    args = scheduler.server_args
+    if int(getattr(args, "nnodes", 1) or 1) < 2:
+        return config
+    from sglang.srt.distributed.parallel_state import get_world_group
+
+    ours = (dataclasses.asdict(config), server_args.token_of(args))
+    values, token = get_world_group().broadcast_object(ours)
+    carrier = server_args.Carrier(DeepPruneConfig(**values), token)
+    setattr(args, server_args.ATTRIBUTE, carrier)
+    return carrier.config
 
 
 def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:

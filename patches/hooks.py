@@ -15,7 +15,7 @@ from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
-from sglang_deepprune.patches.build import build_engine, start_judge_early
+from sglang_deepprune.patches.build import agreed, build_engine, start_judge_early
 from sglang_deepprune.patches.fork import ProbeReq
 from sglang_deepprune.patches.scheduler import _COMMANDS, Arrival, Engine
 from sglang_deepprune.patches.state import describe
@@ -54,7 +54,7 @@ def scheduler_init(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     global _engine
     config = server_args.config_of(self.server_args)
     if config is not None:
-        _engine = build_engine(self, config)
+        _engine = build_engine(self, agreed(self, config))
 
 
 def add_request_to_queue(
@@ -140,8 +140,11 @@ def abort_on_waiting_timeout(original: Callable[..., Any], self: Any) -> Any:
 def is_fully_idle(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND `Scheduler.is_fully_idle`. A paused server asks before it flushes the tree, whoever
     waits: our locks would outlive their nodes."""
-    if _engine is not None and kwargs.get("ignore_waiting"):
-        _engine.guard(_engine.prefixes.let_go_all)
+    ours = _engine
+    if ours is not None and kwargs.get("ignore_waiting"):
+        ours.guard(ours.prefixes.let_go_all)
+    elif ours is not None and ours.pending:
+        return False  # an idle server sleeps a second at a time, and the fence would wait with it
     return with_held(original, self, *args, **kwargs)
 
 
@@ -319,6 +322,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "TokenizerManager.generate_request": tokenizer_manager.generate_request,
     "TokenizerManager._handle_batch_request": tokenizer_manager.handle_batch_request,
     "TokenizerManager._send_one_request": tokenizer_manager.send_one_request,
+    "TokenizerManager._send_batch_request": tokenizer_manager.send_batch_request,
     "TokenizerManager._wait_one_response": tokenizer_manager.wait_one_response,
     "TokenizerManager.abort_request": tokenizer_manager.abort_request,
     "OpenAIServingCompletion._build_completion_response": output.build_response,

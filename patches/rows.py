@@ -63,6 +63,12 @@ class Rows:
         """A prefill pass: the time to the next decode result is no step."""
         self._last_decode = 0.0
 
+    def take(self, fill: Fill) -> None:
+        """A fill has come back in the broadcast. Not before: SGLang may drop what it pulls in a
+        pass in which it receives nothing (`--scheduler-recv-interval`)."""
+        self._steps = 0
+        self.fills.append(fill)
+
     def wanted(self) -> list[Fill]:
         """How many siblings of which group start now beyond their claims."""
         scheduler = self.scheduler
@@ -72,7 +78,6 @@ class Rows:
             return []
         if scheduler.grammar_manager.has_waiting_grammars():
             return []  # they enter the queue inside the very pass that would admit the extras
-        self._steps = 0
         groups = [run.group for run in self.coordinator.runs.values()]
         order = chain.from_iterable(map(policy.fill_order, self._by_priority(groups)))
         fills: dict[str, Fill] = {}

@@ -108,11 +108,19 @@ class Engine:
         """Kinds of our own errors since the start; the log has the first of each kind."""
         return sorted(self._faults)
 
+    def live_of(self, req: Any) -> Live | None:
+        """The sibling that this very request is. Clients choose rids, and each tokenizer worker
+        sees only its own: another request may bear the same one."""
+        live = self.live.get(req.rid)
+        return live if live is not None and live.req is req else None
+
     # -- admission ---------------------------------------------------------------------------
 
     def arrive(self, req: Any) -> Arrival:
         """A sibling comes to SGLang's queue, for the first time or again."""
         known = self.live.get(req.rid)
+        if known is not None and known.req is not req:
+            return Arrival.STARTS  # a rid that is taken: no table has room for it
         if known is not None:
             if req.is_retracted:
                 self.doomed.pop(req.rid, None)
@@ -161,7 +169,10 @@ class Engine:
 
     def _opens_thinking(self, prompt_ids: Sequence[int]) -> bool:
         """Some chat templates end the prompt with an open think block (DeepSeek-R1)."""
-        tail = self.coordinator.decode(prompt_ids[-_THINK_TAIL:]).rstrip()
+        try:
+            tail = self.coordinator.decode(prompt_ids[-_THINK_TAIL:]).rstrip()
+        except (OverflowError, TypeError, IndexError):
+            return False  # an image's ids are hashes, beyond any vocabulary
         return tail.endswith(tuple(THINK_MARKS))
 
     # -- the decode step ---------------------------------------------------------------------
@@ -175,7 +186,7 @@ class Engine:
         self.replan_lost()
         ends: dict[str, list[End]] = {}
         for req, token in zip(batch.reqs, tokens, strict=False):
-            live = self.live.get(req.rid)
+            live = self.live_of(req)
             if live is None or req.finished() or req.is_retracted:
                 continue
             is_end, is_cut = _ends_with(req, token)
@@ -206,7 +217,7 @@ class Engine:
     def after_prefill(self, batch: Any) -> None:
         """First tokens: a group that holds siblings back keeps its prompt's pages for them."""
         for req in batch.reqs:
-            live = self.live.get(req.rid)
+            live = self.live_of(req)
             if live is not None and not req.finished() and len(req.output_ids) == 1:
                 run = self.coordinator.runs.get(live.group_id)
                 if run is not None and run.group.has_held:
@@ -216,7 +227,7 @@ class Engine:
         """Count the step for the groups in this batch; the window may hand traces to the judge."""
         outputs: dict[str, dict[int, Sequence[int]]] = {}
         for req in batch.reqs:
-            live = self.live.get(req.rid)
+            live = self.live_of(req)
             if live is not None and not req.finished():
                 outputs.setdefault(live.group_id, {})[live.index] = req.output_ids
         if outputs:
@@ -245,7 +256,7 @@ class Engine:
         self.outbox = [command for command in self.outbox if command not in commands]
         for command in commands:
             if isinstance(command, Fill):
-                self.rows.fills.append(command)
+                self.rows.take(command)
                 continue
             self._at = command.group_id
             self._act(self.coordinator.apply(command))
@@ -368,10 +379,10 @@ class Engine:
     def close(self, reqs: Sequence[Any], skip: Any) -> None:
         """Finished siblings among `reqs`: votes, then records, or the last output is held back."""
         ended = [
-            self.live[req.rid]
+            live
             for req in reqs
-            if req is not skip and req.rid in self.live and req.finished()
-            and not req.finished_output
+            if req is not skip and (live := self.live_of(req)) is not None
+            and req.finished() and not req.finished_output
         ]  # fmt: skip
         ends: dict[str, list[End]] = {}
         for live in ended:
@@ -431,6 +442,9 @@ class Engine:
         tokens = len(live.req.output_ids)
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         self._let_go(live.group_id)
+        if retired is not None and retired.is_pending:
+            # SGLang has no output left that could wait for the fence.
+            retired = Retired(retired.choice, self.coordinator.give_up(live.group_id))
         if retired is not None:
             # Its record rides on the abort, and the group's if it is the last to leave. Without a
             # reason of the abort's own SGLang's tokenizer side would make this one.

@@ -210,6 +210,8 @@ def refusals(server_args: Any) -> list[str]:
     modes = (
         (os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes", "y"),
          "SGLANG_RUST_SERVER: the Rust front end has none of our Python hooks; unset it"),
+        (bool(getattr(server_args, "smg_grpc_mode", False) or getattr(server_args, "grpc_mode", 0)),
+         "--smg-grpc-mode: its servicer fans n>1 out itself; use HTTP or --grpc-port"),
         (getattr(server_args, "disaggregation_mode", "null") not in ("null", None),
          "--disaggregation-mode: prefill/decode disaggregation moves KV between servers"),
         (int(getattr(server_args, "pp_size", 1) or 1) > 1,

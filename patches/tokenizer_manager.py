@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextvars
 import copy
 import hashlib
+import inspect
 import json
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +40,15 @@ class Fan:
     group_ids: list[str] = field(default_factory=list)
     ranks: list[int | None] = field(default_factory=list)  # a prompt's data-parallel rank
     rids: list[tuple[int, str]] = field(default_factory=list)  # (prompt, rid) of sent siblings
+    aborted: set[str] = field(default_factory=set)  # stems that a client has aborted
     num_calls: int = 0
     is_done: bool = False
+
+    def stem_of(self, rid: str) -> str | None:
+        """What a client calls the request of the sibling that was sent last; None for others."""
+        if not self.rids or self.rids[-1][1] != rid:
+            return None
+        return self.stems[self.rids[-1][0]]
 
     def next_tag(self, rid: str) -> tuple[int | None, dict[str, Any] | None]:
         """Rank and tag of the request that is being sent now; warm-ups and opted-out ones have no
@@ -217,6 +225,34 @@ def _stems_of(obj: Any) -> list[str]:
 
 def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any) -> Any:
     """AROUND `_send_one_request` (sync before 0.5.20, a coroutine since): tag, then pass on."""
+    _tag(self, tokenized_obj)
+    sent = original(self, tokenized_obj)
+    fan = _FAN.get()
+    if fan is None or not fan.aborted or fan.stem_of(tokenized_obj.rid) not in fan.aborted:
+        return sent
+    if inspect.isawaitable(sent):
+        return _abort_once_sent(self, sent, tokenized_obj.rid)
+    self.abort_request(tokenized_obj.rid)
+    return sent
+
+
+async def _abort_once_sent(self: Any, sent: Awaitable[Any], rid: str) -> Any:
+    """The group was aborted before this sibling was sent: it ends as its siblings do."""
+    result = await sent
+    self.abort_request(rid)
+    return result
+
+
+def send_batch_request(original: Callable[..., Any], self: Any, tokenized_objs: Any) -> Any:
+    """AROUND `_send_batch_request`, the way of a batch of prompts that need no tokenizing, n=1."""
+    for tokenized_obj in tokenized_objs:
+        _tag(self, tokenized_obj)
+    return original(self, tokenized_objs)
+
+
+def _tag(self: Any, tokenized_obj: Any) -> None:
+    """What is ours in a request on its way to the scheduler: a tag, or nothing. May raise
+    ConfigError."""
     params = getattr(tokenized_obj, "sampling_params", None)
     if params is not None and config_of(self.server_args) is not None:
         _check_travels(params)
@@ -236,7 +272,6 @@ def send_one_request(original: Callable[..., Any], self: Any, tokenized_obj: Any
             # The n siblings share one SamplingParams object in this process: tag a copy.
             tokenized_obj.sampling_params = params = copy.copy(params)
             params.custom_params = wire.with_tag(custom, tagged)
-    return original(self, tokenized_obj)
 
 
 def _check_travels(params: Any) -> None:
@@ -317,6 +352,7 @@ def abort_request(
     fan = _BY_STEM.get(rid) if rid and not abort_all else None
     if fan is None:
         return original(self, rid, abort_all)
+    fan.aborted.add(rid)  # those that are not sent yet: SGLang prefills the prompt first
     for prompt, sibling in list(fan.rids):
         if fan.stems[prompt] == rid and sibling in self.rid_to_state:
             original(self, sibling, False)

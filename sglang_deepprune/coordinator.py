@@ -138,6 +138,11 @@ class Run:
         )
 
 
+def _num_come(group: Group) -> int:
+    """Members that have arrived, whatever became of them."""
+    return sum(sibling.state is not State.EXPECTED for sibling in group.siblings.values())
+
+
 class Coordinator:
     """All live groups of one scheduler process."""
 
@@ -205,7 +210,7 @@ class Coordinator:
             return None
         if run is not None and run.over_s is not None:
             return None  # its last output waits for the fence alone
-        if run is not None and not run.group.size and len(run.group.siblings) >= MOST_MEMBERS:
+        if run is not None and index == ABSENT and _num_come(run.group) >= MOST_MEMBERS:
             return None
         if run is None and index == ABSENT and self._num_awaited + size > MOST_AWAITED:
             return None
@@ -378,6 +383,13 @@ class Coordinator:
             return None
         return self._conclude(run)
 
+    def give_up(self, group_id: str) -> GroupRecord | None:
+        """Nobody is there to wait for the fence: the group's record, as its vote stands now."""
+        run = self.runs.get(group_id)
+        if run is not None:
+            run.group.tally.give_up()
+        return self.settle(group_id)
+
     def lost(self, group_id: str) -> list[Action]:
         """Siblings were aborted: fewer may still vote, which can decide it."""
         run = self.runs.get(group_id)
@@ -484,11 +496,11 @@ class Coordinator:
     def abandon(self, group_id: str = "") -> list[str]:
         """A fault of ours: the group, or every live one, runs on as plain sampling, and is ours no
         more."""
-        gone = [group_id] if group_id in self.runs else list(self.runs)
+        gone = [group_id] if group_id else list(self.runs)
+        self.meter.count(GROUPS, sum(one in self.runs for one in gone), Reason.ABANDONED)
         for one in gone:
             self.forget(one)
         self._abandoned.extend(gone)
-        self.meter.count(GROUPS, len(gone), Reason.ABANDONED)
         return gone
 
     def revive(self, group_id: str, index: int) -> None:

@@ -30,6 +30,8 @@ for argv in json.loads(sys.argv[1]):
         print("ok", hasattr(args, "_deepprune"), sorted(HookRegistry._patched), flush=True)
     except SystemExit as exit:
         print("exit", exit.code, flush=True)
+    except Exception as error:
+        print("raised", type(error).__name__, error, flush=True)
 """
 
 
@@ -59,6 +61,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "--disaggregation-mode: prefill/decode disaggregation moves KV between servers",
     ),
     "decode": (["--disaggregation-mode", "decode"], "--disaggregation-mode"),
+    "grpc": (["--grpc-mode"], "--smg-grpc-mode: its servicer fans n>1 out itself"),
     "pdmux": (["--enable-pdmux"], "--enable-pdmux: its loop runs prefill and decode side by side"),
     "streaming-session": (
         ["--enable-streaming-session"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
 
+from sglang_deepprune.local_server import free_port
 from tests.engine import scenario
 from tests.engine.conftest import COMMON, MARKER
 from tests.engine.server import Server
@@ -55,3 +57,22 @@ def test_a_group_is_whole_on_two_ranks(tiny, scripts_env, flags: tuple[str, str]
             freed = [step["after"]["available"] - step["before"]["available"] for step in lines]
             assert len(lines) % 2 == 0 and sorted(freed)[::2] == sorted(freed)[1::2]
         assert set(server.log_lines("deepprune-tables")[-1].values()) == {0}
+
+
+@pytest.mark.modes
+def test_a_group_is_one_on_two_nodes(tiny, scripts_env):
+    """Each node reads its own command line, and draws its own token: the first one's holds."""
+    shared = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
+    flags = (*COMMON, *MARKER, *shared, "--node-rank")
+    env = {**scripts_env, **CORES}
+    with contextlib.ExitStack() as stack:
+        other = Server(tiny, *flags, "1", env=env)  # has no API of its own to wait for
+        stack.callback(other.stop)
+        server = stack.enter_context(Server(tiny, *flags, "0", env=env))
+        outputs = ask(server, PRUNE, 8, PAPER)
+        assert states(outputs) == ["finished", "finished", *["pruned"] * 6]
+        lazy = ask(server, DECIDE, 12, {"preset": "balanced"})
+        assert group_of(lazy)["reason"].startswith("decided") and "not_started" in states(lazy)
+        server.wait_idle()
+        steps = [len(node.log_lines("deepprune-verdict")) for node in (server, other)]
+        assert steps[0] == steps[1] > 0, "both ranks stop the same siblings"

@@ -322,7 +322,8 @@ def test_a_fault_abandons_the_group_at_hand_or_all():
     for gid in ("g", "h", "i"):
         c.admit(gid, 0, 3, {}, 100)
     assert c.abandon("h") == ["h"] and sorted(c.runs) == ["g", "i"]
-    assert c.abandon("gone before") == ["g", "i"] and c.is_idle
+    assert c.abandon("gone before") == ["gone before"] and sorted(c.runs) == ["g", "i"]
+    assert c.abandon() == ["g", "i"] and c.is_idle
 
 
 def test_aborts_leave_fewer_voters_and_can_decide():

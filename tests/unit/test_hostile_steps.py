@@ -169,6 +169,16 @@ def test_groups_that_announce_thousands_are_bounded_and_come_back_when_others_en
     assert c.admit("one more", ABSENT, 4096, {}, 10) is not None
 
 
+def test_a_group_that_announces_one_member_takes_no_more_than_others():
+    c = Coordinator(DeepPruneConfig(enable=True), Counted(), fence=FakeFence())  # type: ignore[arg-type]
+    for _ in range(MOST_MEMBERS):
+        admission = c.admit("c", ABSENT, 1, {"eps": 0.0}, 10)
+        assert admission is not None
+        if admission.index:
+            c.retire("c", admission.index, State.ABORTED, 0)
+    assert c.admit("c", ABSENT, 1, {"eps": 0.0}, 10) is None
+
+
 def test_the_record_that_each_member_carries_holds_the_first_votes_alone():
     texts = Counted()
     c = Coordinator(DeepPruneConfig(enable=True), lambda ids: f"\\boxed{{{ids[0]}}}",

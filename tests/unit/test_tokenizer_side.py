@@ -128,3 +128,70 @@ def test_dp_attention_is_refused_where_verdicts_reach_one_rank_alone(
     monkeypatch.setattr(seams, "sglang_version", lambda: Version("0.5.19"))
     with pytest.raises(seams.SeamError, match="--enable-dp-attention before SGLang 0.5.20"):
         server_args.refuse_unproven_modes(args)
+
+
+def test_a_batch_of_prompts_as_token_ids_is_tagged_as_single_requests_are():
+    def single(custom: Any) -> Any:
+        params = SimpleNamespace(custom_params=custom)
+        return SimpleNamespace(
+            sampling_params=params, rid="r", input_ids=[1, 2], mm_inputs=None, input_embeds=None,
+        )  # fmt: skip
+
+    def send(*customs: Any) -> list[Any]:
+        objs = [single(custom) for custom in customs]
+        tokenizer_manager.send_batch_request(lambda self, sent: sent, manager(), objs)
+        return [one.sampling_params.custom_params for one in objs]
+
+    group = {"deepprune": {"group": "k", "size": 2}}
+    first, second, plain = send(group, group, None)
+    assert first["__deepprune"]["gid"] == second["__deepprune"]["gid"] and plain is None
+    with pytest.raises(ConfigError, match="deepprune.preset"):
+        send({"deepprune": {"group": "k", "preset": "best"}})
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["before 0.5.20", "since"])
+def test_a_group_that_is_aborted_before_its_siblings_are_sent_is_aborted(is_async: bool):
+    """SGLang prefills the prompt first, which takes its turn in the queue."""
+    sent: list[str] = []
+    aborted: list[str] = []
+
+    def plain(self: Any, one: Any) -> None:
+        sent.append(one.rid)
+
+    async def since(self: Any, one: Any) -> None:
+        sent.append(one.rid)
+
+    def abort(rid: str) -> Any:
+        hooked = tokenizer_manager.abort_request
+        return hooked(lambda self, rid, abort_all: aborted.append(rid), self, rid)
+
+    self = manager()
+    self.abort_request, self.rid_to_state = abort, {}
+
+    async def serve() -> None:
+        fan = tokenizer_manager._fan_of(self, request({"n": 2}))
+        assert fan is not None
+        fan.stems = ["job"]
+        tokenizer_manager._BY_STEM["job"] = fan
+        tokenizer_manager._FAN.set(fan)
+        for rid in ("warm-up", "s0", "s1"):
+            one = SimpleNamespace(
+                sampling_params=SimpleNamespace(custom_params=None), rid=rid, routed_dp_rank=None
+            )
+            result = tokenizer_manager.send_one_request(since if is_async else plain, self, one)
+            if is_async:
+                await result
+            if rid == "warm-up":
+                abort("job")
+
+    try:
+        asyncio.run(serve())
+    finally:
+        tokenizer_manager._BY_STEM.clear()
+    assert sent == ["warm-up", "s0", "s1"] and aborted == ["s0", "s1"]
+
+
+@pytest.mark.parametrize("flag", ["smg_grpc_mode", "grpc_mode"])
+def test_a_front_end_that_fans_out_by_itself_is_refused(flag: str):
+    with pytest.raises(seams.SeamError, match="--smg-grpc-mode: its servicer fans n>1 out itself"):
+        server_args.refuse_unproven_modes(SimpleNamespace(**{flag: True}))

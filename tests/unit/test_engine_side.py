@@ -1,0 +1,158 @@
+"""The scheduler side without a server: whose request is whose, and how far a fault of ours goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_deepprune.config import DeepPruneConfig
+from sglang_deepprune.coordinator import Coordinator
+from sglang_deepprune.group import State
+from sglang_deepprune.patches import build, hooks, wire
+from sglang_deepprune.patches.scheduler import Arrival, Engine
+from sglang_deepprune.patches.server_args import ATTRIBUTE, Carrier
+from sglang_deepprune.types import Fill
+from tests.unit.test_coordinator import FakeFence
+
+VOCABULARY = 1 << 20
+OFF_PUT = "x^2 - y^2", "(x - y)(x + y)"  # equal for the fence alone
+
+
+def decode(ids: Sequence[int]) -> str:
+    if any(one >= VOCABULARY for one in ids):
+        raise OverflowError("out of range integral type conversion attempted")
+    return " ".join(f"\\boxed{{{OFF_PUT[one % 2]}}}" if one >= 100 else "so" for one in ids)
+
+
+def engine(**settings: Any) -> Engine:
+    config = DeepPruneConfig(enable=True, **settings)
+    args = SimpleNamespace(**{ATTRIBUTE: Carrier(config)}, enable_deterministic_inference=False)
+    scheduler = SimpleNamespace(
+        server_args=args, waiting_queue=[], max_queued_requests=None, tree_cache=SimpleNamespace(),
+        grammar_manager=SimpleNamespace(grammar_queue=[]),
+        output_streamer=SimpleNamespace(stream_output=lambda *_: None),
+    )  # fmt: skip
+    return Engine(scheduler, config, Coordinator(config, decode, fence=FakeFence()))  # type: ignore[arg-type]
+
+
+def request(ours: Engine, rid: str, group: str = "", index: int = 0, size: int = 4) -> Any:
+    tag = wire.tag(group, index, size, {}, rid="stem", token=ours.token)
+    params = SimpleNamespace(
+        custom_params={wire.TAG: tag} if group else None, max_new_tokens=100, top_k=50,
+        sampling_seed=None, ignore_eos=False, stop_token_ids=(),
+    )  # fmt: skip
+    return SimpleNamespace(
+        rid=rid, sampling_params=params, origin_input_ids=[1, 2], output_ids=[], is_retracted=False,
+        to_finish=None, finished_reason=None, finished=lambda: False, finished_output=False,
+        skip_radix_cache_insert=False, eos_token_ids={9}, tokenizer=None, return_logprob=False,
+    )  # fmt: skip
+
+
+def step(ours: Engine, reqs: Sequence[Any], tokens: Sequence[int]) -> None:
+    batch = SimpleNamespace(reqs=reqs, spec_algorithm=SimpleNamespace(is_none=lambda: True))
+    ours.before_result(batch, SimpleNamespace(next_token_ids=list(tokens), copy_done=None))
+
+
+def test_a_prompt_that_ends_in_an_image_is_a_group_and_harms_no_other():
+    ours = engine()
+    ours.guard(ours.arrive, request(ours, "a0", "a"))
+    image = request(ours, "b0", "b")
+    image.origin_input_ids = [1, 1 << 61, 2]  # SGLang's pad ids are hashes
+    assert ours.guard(ours.arrive, image) is Arrival.STARTS
+    assert sorted(ours.coordinator.runs) == ["a", "b"] and not ours.faults
+
+
+def test_a_fault_before_a_group_is_known_is_that_groups_alone(monkeypatch: pytest.MonkeyPatch):
+    ours = engine()
+    ours.guard(ours.arrive, request(ours, "a0", "a"))
+    monkeypatch.setattr(ours, "_opens_thinking", lambda ids: 1 / 0)
+    ours.guard(ours.arrive, request(ours, "b0", "b"))
+    assert list(ours.coordinator.runs) == ["a"] and ours.faults
+    monkeypatch.undo()
+    assert ours.guard(ours.arrive, request(ours, "b1", "b", 1)) is Arrival.STARTS
+    assert list(ours.coordinator.runs) == ["a"], "plain sampling, all of it"
+
+
+def test_another_request_of_the_same_rid_is_no_sibling():
+    """Each tokenizer worker knows its own rids alone, so a rid may come twice."""
+    ours = engine()
+    sibling, stranger = request(ours, "x", "g"), request(ours, "x")
+    assert ours.arrive(sibling) is Arrival.STARTS
+    again = request(ours, "x", "g", 1)
+    assert ours.arrive(again) is Arrival.STARTS and len(ours.live) == 1
+    step(ours, [stranger], [9])
+    assert ours.coordinator.runs["g"].group.tally.num_votes == 0
+    ours.after_result(SimpleNamespace(reqs=[stranger]))
+    assert not ours.coordinator.runs["g"].group.steps
+    stranger.finished = lambda: True
+    ours.close([stranger], None)
+    assert ours.live["x"].req is sibling and stranger.finished_reason is None
+    step(ours, [sibling], [9])
+    assert ours.coordinator.runs["g"].group.num_voted == 1
+
+
+def test_a_group_whose_last_sibling_is_aborted_in_the_queue_keeps_its_record():
+    """No output is left that could wait for the fence: the vote counts as it stands."""
+    ours = engine(preset="collect")
+    siblings = [request(ours, f"s{index}", "g", index, 3) for index in range(3)]
+    for one in siblings:
+        ours.arrive(one)
+    for one, answer in zip(siblings, (100, 101), strict=False):
+        one.output_ids = [answer]
+        step(ours, [one], [9])
+        live = ours.live[one.rid]
+        ours.coordinator.retire("g", live.index, State.FINISHED, 1)
+        ours._drop(live)
+    assert not ours.coordinator.runs["g"].group.tally.is_settled
+    output = SimpleNamespace(rid="s2", finished_reason=None, abort_message="")
+    ours.aborted(output)
+    assert '"votes"' in output.finished_reason[wire.KEY] and not ours.coordinator.runs
+    ours.replan_lost()
+    assert not ours.pending
+
+
+def test_a_server_with_an_output_that_waits_for_the_fence_does_not_sleep(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    ours = engine()
+    monkeypatch.setattr(hooks, "_engine", ours)
+    ask = lambda **how: hooks.is_fully_idle(lambda self, **_: True, ours.scheduler, **how)  # noqa: E731
+    assert ask()
+    ours.pending["g"] = (request(ours, "s"), None)  # type: ignore[assignment]
+    assert not ask()
+    assert ask(ignore_waiting=True), "a paused server may flush"
+
+
+def test_free_rows_are_asked_for_until_the_fill_comes_back(monkeypatch: pytest.MonkeyPatch):
+    """SGLang drops what it pulls in a pass in which it receives nothing."""
+    ours = engine()
+    ours.room.held["h"] = object()
+    scheduler = ours.scheduler
+    scheduler.chunked_req, scheduler.enable_priority_scheduling = None, False
+    scheduler.grammar_manager.has_waiting_grammars = lambda: False
+    monkeypatch.setattr(ours.rows, "_num_free", lambda groups: 1)
+    for index in range(8):
+        ours.arrive(request(ours, f"s{index}", "g", index, 8))
+    ours.rows._steps = 4
+    (fill,) = ours.rows.wanted()
+    assert ours.rows.wanted() == [fill]
+    ours.apply([fill])
+    assert ours.rows.wanted() == [] and ours.rows.fills == [Fill("g", fill.epoch, 1)]
+
+
+def test_ranks_of_several_nodes_agree_on_token_and_settings(monkeypatch: pytest.MonkeyPatch):
+    """Each node draws a token of its own, and may have another card beside its judge."""
+    first, here = DeepPruneConfig(enable=True, window=64), DeepPruneConfig(enable=True)
+    args = SimpleNamespace(**{ATTRIBUTE: Carrier(here, "theirs")}, nnodes=1)
+    scheduler = SimpleNamespace(server_args=args)
+    assert build.agreed(scheduler, here) is here
+    args.nnodes = 2
+    said = (dataclasses.asdict(first), "ours")
+    world = SimpleNamespace(broadcast_object=lambda own: said)
+    monkeypatch.setattr("sglang.srt.distributed.parallel_state.get_world_group", lambda: world)
+    assert build.agreed(scheduler, here) == first
+    assert getattr(args, ATTRIBUTE).token == "ours"
