@@ -32,7 +32,9 @@ _UP_TO_21 = ("transformers==5.12.1", "tokenizers==0.22.2", "openai==2.6.1")
 # Version -> what it pins otherwise than scripts/cpu/requirements.txt, from its METADATA. Torch is
 # the newest SGLang's for all: 0.5.15 pins 2.11.0, which would be half a gigabyte more.
 PINS: dict[str, tuple[str, ...]] = {
-    "0.5.15": (*_UP_TO_21, "xgrammar==0.2.1", "llguidance==0.7.30"),
+    # Its /metrics middleware does not know the routers of newer FastAPIs: a 500 to every request.
+    "0.5.15": (*_UP_TO_21, "xgrammar==0.2.1", "llguidance==0.7.30",
+               "fastapi==0.115.14", "starlette==0.46.2"),
     "0.5.16": (*_UP_TO_21, "xgrammar==0.2.1"),
     "0.5.17": (*_UP_TO_21, "xgrammar==0.2.1"),
     "0.5.18": (*_UP_TO_21, "xgrammar==0.2.1"),
@@ -41,7 +43,7 @@ PINS: dict[str, tuple[str, ...]] = {
     "0.5.21": _UP_TO_21,
     "0.5.22": ("openai==2.6.1",),
     "0.5.23": (),
-}
+}  # fmt: skip
 # The ends, and both sides of the largest change between them: since 0.5.20 a scheduler's own
 # commands ride the broadcast of requests. The others are asked for their seams alone.
 TESTED = ("0.5.15", "0.5.19", "0.5.20", "0.5.23")

@@ -284,7 +284,7 @@ def test_an_abort_that_decides_a_group_leaves_the_queue_walk_alone(scripted: Ser
     with ThreadPoolExecutor(2) as pool:
         job = pool.submit(scripted.post, "/generate", body)
         other = pool.submit(scripted.post, "/generate", {**body, "rid": "walk2"})
-        time.sleep(1.5)
+        wait_for_groups(scripted, 2)
         said = {"abort_all": True} if how == "all" else {"rid": "walk"}
         requests.post(f"{scripted.url}/abort_request", json=said, timeout=30)
         for reply in (job.result(), other.result()):
