@@ -18,7 +18,10 @@ from sglang_deepprune.answers.folding import MAX_CHARS, fold, words
 _MAX_DIGITS = 200
 _LABELS = re.compile(r"[A-J]{2,6}")
 PHRASE = re.compile(r"[^\W\d_]+(?:[ '.-]+[^\W\d_]+)*[.!]?")
-_ARTICLE = re.compile(r"(?:the|an?|der|die|das|le|la|el)\s+(?=\w{2})")
+_FORMULA = re.compile(r"(?=.{0,80}\d)(?:[A-Z][a-z]?(?: ?_?\d{1,2})?(?<=\w) ?){2,40}(?<! )")  # H_2O
+_ARTICLE = re.compile(
+    r"(?:the|an|a(?!\s+(?:and|or|und|oder|et|ou|y)\b)|der|die|das|le|la|el)\s+(?=\w{2})"
+)
 _NUMBER_WORDS = {
     word: str(value)
     for value, word in enumerate(
@@ -27,6 +30,17 @@ _NUMBER_WORDS = {
             "fifteen sixteen seventeen eighteen nineteen twenty"
         )
     )
+}
+_TENS = {
+    word: 10 * tens
+    for tens, word in enumerate(words("twenty thirty forty fifty sixty seventy eighty ninety"), 2)
+}
+_NUMBER_WORDS |= {word: str(value) for word, value in _TENS.items()}
+_NUMBER_WORDS |= {
+    f"{tens}{mark}{unit}": str(value + int(_NUMBER_WORDS[unit]))
+    for tens, value in _TENS.items()
+    for unit in words("one two three four five six seven eight nine")
+    for mark in "- "
 }
 _SYNONYMS = _NUMBER_WORDS | {
     "infinity": r"\infty",
@@ -39,6 +53,9 @@ _SYNONYMS = _NUMBER_WORDS | {
     "noon": "12:00 pm",
     "midnight": "12:00 am",
     "infinitely many solutions": "infinitely many",
+    "all integers": r"\mathbb{Z}",
+    "integers": r"\mathbb{Z}",
+    "one hundred": "100",
     "one half": "1/2",
     "half": "1/2",
     "one third": "1/3",
@@ -61,6 +78,8 @@ def _canonical(answer: str) -> str:
         text = text.casefold()
         text = _ARTICLE.sub("", text, count=1).rstrip(".!")
         return _SYNONYMS.get(text, text)
+    if _FORMULA.fullmatch(text):
+        return text.replace("_", "").replace(" ", "")
     if (letter := re.fullmatch(r"\(([A-J])\)", text)) is not None:
         return letter[1]
     if (value := exact_value(text)) is not None and not re.search(r"[%°]", text):

@@ -24,6 +24,11 @@ from sglang_deepprune.answers.shapes import read as read_shapes
 
 _MAX_NESTING = 4
 _CHARS_A_PAIR = 64  # more of them are more work
+# What a question asks for: a sum of names, a named quantity.
+_ASKED = re.compile(
+    r"[a-z](?:_\w)?(?:\+[a-z](?:_\w)?)+|[A-Z]{2,3}|m?\\angle ?[A-Z]{1,3}|\|[A-Z]{2}\|"
+    r"|\\(?:overline|frac|int|lim|sum|prod|sin|cos|tan)(?![a-zA-Z]).{1,80}|[A-Z]\([^()]{1,40}\)"
+)
 _LETTER = re.compile(r"\(?([A-Ja-j])\)?")
 _LABELLED = re.compile(r"\(([A-J])\) ?\S.*|([A-J])\) ?\S.*", re.DOTALL)
 
@@ -175,8 +180,10 @@ def _covered(members: Sequence[str], others: Sequence[str], texts: Comparer) -> 
 def _match_equation(x: Shape, y: Equation, work: _Work, texts: Comparer) -> Decision:
     if isinstance(x, Equation):
         return work.equations(x, y)
-    # `2+2=4` as an answer says 4.
-    is_sum = isinstance(x, Value) and exact_value(canonical(y.left)) is not None
+    # `2+2=4` as an answer says 4, and so does `m+n=4`; `x^2=4` does not, nor `2x-y=0`.
+    is_sum = isinstance(x, Value) and (
+        exact_value(canonical(y.left)) is not None or bool(_ASKED.fullmatch(y.left))
+    )
     return texts(x.text, y.right) if isinstance(x, Value) and is_sum else False
 
 
@@ -191,12 +198,17 @@ def _match_named(x: Shape, y: Named, work: _Work, depth: int) -> Decision:
     if len(y.names) == 1 and depth <= _MAX_NESTING:
         return _any(match(x, s, work, depth + 1) for s in read_shapes(canonical(y.values[0])))
     if isinstance(x, Many):
-        is_one_name = len(set(y.names)) == 1
+        # x_1=2, x_2=3 are the roots, in any order.
+        is_one_name = len({name.partition("_")[0] for name in y.names}) == 1
         return _match_many(x, Many("list" if is_one_name else "tuple", y.values), texts)
     return False
 
 
 def _match_names(x: Named, y: Named, texts: Comparer) -> Decision:
+    if x.names != y.names and {name.partition("_")[0] for name in (*x.names, *y.names)} in (
+        {x.names[0]}, {y.names[0]},
+    ):  # fmt: skip
+        return _match_many(Many("list", x.values), Many("list", y.values), texts)
     if set(x.names) != set(y.names):
         is_function = any("(" in name for name in (*x.names, *y.names))
         return None if is_function and len(x.names) == len(y.names) == 1 else False

@@ -228,6 +228,8 @@ class _Reader:
             return self.root()
         if name in FUNCTIONS:
             return self.function(name)
+        if name == "lg":
+            return ("log", self.argument(), ("num", Fraction(10)))
         if name in _CONSTANT_WORDS or name in _GREEK:
             return self.symbol(_CONSTANT_WORDS.get(name, name))
         if name in ("lfloor", "lceil"):
@@ -250,6 +252,9 @@ class _Reader:
         if self.peek() == "^":
             self.take()
             exponent = self.script()
+        inverse = "arc" + name
+        if exponent == ("neg", ("num", Fraction(1))) and inverse in FUNCTIONS:
+            name, exponent = inverse, None  # \\sin^{-1} x is the arcsine
         tree: Tree = ("fn", name, self.argument())
         if base is not None:
             tree = ("log", tree[2], base)

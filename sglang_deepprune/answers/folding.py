@@ -22,6 +22,8 @@ def words(text: str) -> list[str]:
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"
 _SUPERSCRIPT_RUN = re.compile(f"[{_SUPERSCRIPTS}]+")
 _SUPERSCRIPT_MAP = str.maketrans(_SUPERSCRIPTS, "0123456789+-n")
+_SUBSCRIPT_RUN = re.compile("[₀-₉]+")
+_SUBSCRIPT_MAP = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 # Applied before NFKC, which would turn a half into three characters and 2½ into 21/2.
 _VULGAR = {"½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5)}
@@ -40,8 +42,11 @@ _SYMBOLS = str.maketrans(
     | dict.fromkeys("º˚", "°")
     | {"∞": r"\infty ", "√": r"\sqrt ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap "}
     | {"∈": r"\in ", "∖": r"\setminus ", "±": r"\pm ", "ℝ": r"\mathbb{R}", "≈": r"\approx "}
+    | {"≡": r"\equiv "}
+    | {"∛": r"\sqrt[3]", "٫": ".", "٬": ","}
     | {"；": ";", "。": ".", "℃": "°C", "℉": "°F", "⟨": r"\langle ", "⟩": r"\rangle "}
 )
+_UNSEEN = dict.fromkeys([*range(9), *range(14, 32), *range(0xFE00, 0xFE10)])
 _GREEK = dict(zip("αβγθλμφωπ", words("alpha beta gamma theta lambda mu phi omega pi"), strict=True))
 # A Greek letter among others is a word, not a symbol.
 _LONE_GREEK = re.compile(f"(?<![\u0370-\u03ff])[{''.join(_GREEK)}](?![\u0370-\u03ff])")
@@ -54,19 +59,35 @@ _SPACES = re.compile(r"\s{2,}")
 _SPACE = re.compile(r"\\[,;:> ]|\\q?quad(?![a-z])|\\thinspace(?![a-z])|~|\s+")
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up)?|math(?:rm|bf|it|sf|tt|up)|mbox|hbox|emph|"
-    r"operatorname|underline|boldsymbol|bm|boxed|fbox)\*?\s*\{([^{}]*)\}"
+    r"operatorname|underline|boldsymbol|bm|boxed|fbox|ce)\*?\s*\{([^{}]*)\}"
 )
 _SHORT_ARGUMENT = re.compile(r"(\\(?:frac|binom))\s*([0-9]|(?<=\s)[a-z])\s*([0-9a-z])")
 _FIRST_ARGUMENT = re.compile(r"(\\(?:frac|binom))\s*([0-9a-zA-Z])\s*\{")
 _LAST_ARGUMENT = re.compile(r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9a-zA-Z])")
 _ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
 _PLAIN_ROOT = re.compile(r"(?<![a-zA-Z\\])sqrt\s*(?=[({])")
-_SCRIPT = re.compile(r"([\^_])\s*\{\s*(\w)\s*\}")
+# 2^{3}5 is not 2^{35}: braces stay where a digit follows.
+_SCRIPT = re.compile(r"([\^_])\s*\{\s*(\w)\s*\}(?!\s*\d)")
 _DEGREE = re.compile(
     r"\s*(?:\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-z])|\\degree(?![a-z])|\^?\{?°\}?)"
 )
 _TEXT_EXPONENT = re.compile(r"(?<=\d)\s*\\(?:text|mathrm)\{[eE]([-+]?)\}\s*(?=[-+]?\d)")
 _TEMPERATURE = re.compile(r"°\s+(?=[CF](?![a-zA-Z]))")
+_DEGREES_OF = re.compile(r"\s*(?:°|\bdeg(?:rees?)?)\s*(C|F)(?:elsius|ahrenheit)\b", re.IGNORECASE)
+_ORDINAL = re.compile(r"(?<=\d)\s*\^\s*\{?\s*(st|nd|rd|th)\s*\}?(?![a-z])")
+_COLOR = re.compile(r"\\(?:text)?color\s*\{\w{1,20}\}")
+_TIMES_X = re.compile(r"(?<=\d)\s?x\s?(?=10\s?\^)")
+_ESCAPED_TWICE = re.compile(r"\\\\[a-zA-Z]{2}")
+_COMMAND = re.compile(r"(?<!\\)\\[a-zA-Z]{2}")
+_SQUARE = re.compile(r"\b(sq|cu)\.\s?")
+_LONE_MARK = re.compile(r"(?<![a-zA-Z])\{([,.:])\}")
+_COLON = re.compile(r"(?<=\d) ?: ?(?=\d)")
+_CHOOSE = re.compile(r"\{?\s*(\w+)\s*\\choose\s*(\w+)\s*\}?")
+_MODULUS = re.compile(
+    r"\(\s*(?:\\?mod|\\bmod)(?![a-zA-Z])\s*([^()]{1,20})\)|\\p?b?mod(?![a-zA-Z])\s*(?:\{([^{}]*)\}|(\w+))"
+)
+_RULES = re.compile(r"\\hline|(?<=\x00)\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\]")
+_BLOCK = re.compile(r"\\(begin|end)\{(?:cases|aligned|align|gathered|split)\*?\}")
 _RENAMES = [
     (re.compile(rf"\\(?:{names})(?![a-zA-Z])"), new)
     for names, new in [
@@ -107,7 +128,11 @@ _DOT_COMMA = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:\.\d{3})+),(\d+)(?![\d.,])"
 _SPACE_COMMA = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?: \d{3})+),(\d+)(?![\d.,])")
 _DECIMAL = re.compile(r"(?<![\d.])(\d+)\.(\d*)(?![\d.]|\\overline|\()")
 _LEADING_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
-_AMBIGUOUS_COMMA = re.compile(r"-?\d+,\d+")
+_COMMA_PAIR = r"-?\d+,\d+"
+_AMBIGUOUS_COMMA = re.compile(
+    rf"{_COMMA_PAIR}(?: ?[^\d\s,.;()][^\d,.;()]{{0,40}}(?:\^\d)?"
+    rf"|(?:(?:; ?| (?:and|or|und|oder|et|ou|y|o|e|и) ){_COMMA_PAIR})+)?"
+)
 # A space means something between two word characters (2 2/3, 12 m); elsewhere it is dress.
 _IDLE_SPACE = re.compile(r"(?<![\w}°%!)\],$€£;]) | (?![\w\\($€£-])|(?<![a-zA-Z]{2})(?<![,;]) (?=-)")
 _COMMAND_GAP = re.compile(r"(\\[a-zA-Z]+) (?![a-zA-Z])")
@@ -116,7 +141,7 @@ _MACRO_GAP = re.compile(r"(?<![a-zA-Z]{2})(?<![,;]) (?=\\[a-zA-Z{}|])|(?<=[)\]}]
 
 def fold(answer: str) -> str:
     """The answer in one spelling. Idempotent on its own results for ordinary answers."""
-    text = _single_spaced(answer[:MAX_CHARS])
+    text = _single_spaced(answer[:MAX_CHARS].translate(_UNSEEN))
     if not text.isascii():
         text = _single_spaced(_fold_unicode(text))
     text = _undress(text)
@@ -133,6 +158,7 @@ def _single_spaced(text: str) -> str:
 
 def _fold_unicode(text: str) -> str:
     text = _SUPERSCRIPT_RUN.sub(lambda m: "^{" + m[0].translate(_SUPERSCRIPT_MAP) + "}", text)
+    text = _SUBSCRIPT_RUN.sub(lambda m: "_{" + m[0].translate(_SUBSCRIPT_MAP) + "}", text)
     text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS)).translate(_SYMBOLS)
     text = _LONE_GREEK.sub(lambda m: rf"\{_GREEK[m[0]]} ", text)
     kept = (c for c in text if c.isascii() or unicodedata.category(c) not in ("Cf", "Cc", "Co"))
@@ -157,10 +183,18 @@ def _undress(text: str) -> str:
 
 
 def _fold_latex(text: str) -> str:
-    text = text.replace("{,}", ",").replace("{.}", ".").replace("{:}", ":")
+    text = _LONE_MARK.sub(r"\1", text).replace("~", " ")
+    if "begin{" not in text:
+        text = text.replace("&=", "=")
     if "\\" in text:
         text = text.replace(r"\!", "").replace(r"\%", "%").replace(r"\&", "&")
-        text = text.replace(r"\\", "\x00")  # A matrix row end is not an escaped space.
+        if _ESCAPED_TWICE.search(text) and not _COMMAND.search(text):
+            text = text.replace("\\\\", "\\")
+        text = re.sub(r"\\(?:\\|cr(?![a-zA-Z]))", "\x00", text)  # A row end is no escaped space.
+        text = _RULES.sub("", text).replace("smallmatrix", "pmatrix")
+        if _BLOCK.search(text) is not None or "\\begin{" not in text:
+            # Lines of a system are members of a list.
+            text = _BLOCK.sub("", text).replace("&", "").strip(" \x00").replace("\x00", ", ")
         text = _STYLE.sub(" ", _ARRAY_DRESS.sub("", text))
         text = _single_spaced(_SPACE.sub(" ", text))
         text = _TEXT_EXPONENT.sub(r"e\1", text.replace(r"\$", "＄"))
@@ -174,7 +208,12 @@ def _fold_latex(text: str) -> str:
         text = _OVERLINE.sub(r"\\overline{\1}", _VARIANTS.sub(r"\\", text))
         text = _SHORT_ARGUMENT.sub(r"\1{\2}{\3}", text)
         text = _LAST_ARGUMENT.sub(r"\1{\2}", _FIRST_ARGUMENT.sub(r"\1{\2}{", text))
+        text = _COLOR.sub("", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
         text = _ROOT.sub(r"\\sqrt{\1}", text).replace("\x00", r"\\")
+    text = _MODULUS.sub(lambda m: f" mod {(m[1] or m[2] or m[3]).strip()}", text)
+    text = _SQUARE.sub(r"\1 ", text)
+    text = _COLON.sub(":", _TIMES_X.sub(r"\\cdot ", _ORDINAL.sub(r"\1", text)))
+    text = _DEGREES_OF.sub(lambda m: "°" + m[1].upper(), text).replace(":=", "=")
     text = _TEMPERATURE.sub("°", _DEGREE.sub("°", text))
     for old, new in _RELATIONS:
         text = text.replace(old, new)

@@ -42,6 +42,9 @@ _BUILDER = re.compile(
     r"\\?\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\{?R\}?\s*)?(?:\\mid|\||:)(.*?)\\?\}"
 )
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![a-z])|[<>]")
+_ABSOLUTE = re.compile(
+    r"\|([a-zA-Z])([-+][^|<>\\]{1,20})?\|\s*(<|>|\\le|\\ge)(?![a-z])\s*([^<>|]+)"
+)
 _SYMBOL = re.compile(r"(?:[a-zA-Z]|\\(?!infty|pi)[a-zA-Z]+)(?:_\w)?(?:\(\w\))?")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 
@@ -108,7 +111,7 @@ def read_region(text: str) -> Region | None:
     holes_found: tuple[str, ...] = ()
     parts = split_top(text, (r"\cup", " or ", " oder ", r"\lor", r"\vee"))
     for part in parts[:_MAX_PIECES]:
-        found = _interval(part.strip()) or _inequality(part.strip())
+        found = _interval(part.strip()) or _outside(part.strip()) or _inequality(part.strip())
         if found is None:
             found = _points(part.strip()) if len(parts) > 1 else None
         if found is None:
@@ -127,6 +130,24 @@ def _interval(text: str) -> Region | None:
         return None
     low, high = (end.strip().replace("+\\infty", "\\infty") for end in ends)
     return Region((Piece(low, high, text[0] == "[", text[-1] == "]"),))
+
+
+def _outside(text: str) -> Region | None:
+    """`|x-1|>2`: two rays."""
+    match = _ABSOLUTE.fullmatch(text)
+    if match is None or match[3] not in (">", r"\ge"):
+        return None
+    low, high = _around(match)
+    has_ends = match[3] == r"\ge"
+    rays = (Piece(LOWEST, low, False, has_ends), Piece(high, HIGHEST, has_ends, False))
+    return Region(rays, name=match[1])
+
+
+def _around(match: re.Match[str]) -> tuple[str, str]:
+    """The ends of `|x-1|<2`."""
+    if not match[2]:
+        return f"-({match[4]})", match[4]
+    return f"-({match[4]})-({match[2]})", f"({match[4]})-({match[2]})"
 
 
 def _points(text: str) -> Region | None:
@@ -162,13 +183,13 @@ def _bounds(text: str) -> list[tuple[str | None, str, str]]:
     relations = _RELATION.findall(text)
     sides = [side.strip() for side in _RELATION.split(text)]
     unreadable: list[tuple[str | None, str, str]] = [(None, "", "")]
-    if len(relations) == 1 and (absolute := re.fullmatch(r"\|(\w)\|", sides[0])):
+    if (absolute := _ABSOLUTE.fullmatch(text)) is not None:
         if relations[0] not in ("<", r"\le"):
             return unreadable
-        opposite = f"-({sides[1]})"
+        low, high = _around(absolute)
         return [
-            (absolute[1], relations[0], sides[1]),
-            (absolute[1], _FLIPPED[relations[0]], opposite),
+            (absolute[1], relations[0], high),
+            (absolute[1], _FLIPPED[relations[0]], low),
         ]
     found: list[tuple[str | None, str, str]] = []
     for relation, left, right in zip(relations, sides, sides[1:], strict=False):

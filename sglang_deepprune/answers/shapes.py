@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
-from sglang_deepprune.answers.quantity import clock, is_compound
+from sglang_deepprune.answers.quantity import clock, is_compound, with_decimal_comma
 from sglang_deepprune.answers.regions import Region, read_region, split_top, unwrap
 
 MAX_MEMBERS = 64
@@ -73,11 +74,29 @@ _EMPTY_WORDS = frozenset(
 )
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _NAME = re.compile(
-    r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\w|\{[^{}]{1,12}\}))?'{0,2}(?:\((?:\w|\\[a-z]+)(?:,\w)*\))?"
+    r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\w|\{[^{}]{1,12}\}))?(?:\^\{-1\})?'{0,2}(?:\((?:\w|\\[a-z]+)(?:,\w)*\))?"
 )
 _WORD_NAME = re.compile(r"[a-zA-Z]{2,20}")
-_SEPARATORS = (" or ", " and ", " oder ", " und ", " ou ", " et ", " o ", " y ", " e ", "或", "和")
+_SEPARATORS = (
+    "\\lor",
+    " or ",
+    " and ",
+    " oder ",
+    " und ",
+    " ou ",
+    " et ",
+    " o ",
+    " y ",
+    " e ",
+    "或",
+    "和",
+)
 _LETTERS = re.compile(r"[A-J]{2,6}")
+_SCALED_MATRIX = re.compile(r"(-|[^=,;]{1,40}?)(?:\\cdot)?(\\begin\{[pb]matrix\}.*)", re.DOTALL)
+_TRANSPOSED = re.compile(r"(\(.*\))\^(?:T|\{?\\(?:top|intercal)\}?|\{T\})", re.DOTALL)
+_ELEMENT_OF = re.compile(r"[a-zA-Z]\\in(?![a-z])\s*(\\\{.*\\\})", re.DOTALL)
+_CONGRUENT = re.compile(r"[a-zA-Z]\\equiv\s*(.+ mod .+)")
+_RATIO = re.compile(r"\d+(?:\.\d+)?(?::\d+(?:\.\d+)?){2,8}")
 
 
 @lru_cache(maxsize=4096)
@@ -90,7 +109,20 @@ def read(text: str) -> tuple[Shape, ...]:
     matrix = _MATRIX.fullmatch(unwrap(text) if "\\begin" in text else text)
     if matrix is not None and matrix[2].count("\\begin") == 0:
         return (_matrix(matrix[1], matrix[2]),)
-    text = text.split(r"\approx")[0].strip() or text
+    if "\\begin" in text and (scaled := _SCALED_MATRIX.fullmatch(text)) is not None:
+        inner = read(scaled[2])
+        if len(inner) == 1 and isinstance(inner[0], Matrix):
+            factor = "-1" if scaled[1] == "-" else scaled[1]
+            cells = tuple(tuple(f"({factor})({x})" for x in row) for row in inner[0].rows)
+            return (Matrix(cells),)
+    for pattern in (_TRANSPOSED, _ELEMENT_OF, _CONGRUENT):
+        if (dressed := pattern.fullmatch(text)) is not None:
+            return read(dressed[1].strip())
+    if _RATIO.fullmatch(text) and clock(text) is None:
+        first, *others = map(Fraction, text.split(":"))
+        shares = tuple(str(other / first) for other in others) if first else ()
+        return (Many("array", ("1", *shares)) if shares else Value(text),)
+    text = text.split(r"\approx")[0 if not text.startswith(r"\approx") else 1].strip() or text
     readings: list[Shape] = [rows] if (rows := _nested_rows(text)) is not None else []
     if (equation := _equation(text)) is not None:
         return (equation,)
@@ -105,6 +137,11 @@ def read(text: str) -> tuple[Shape, ...]:
 def _ambiguous(text: str) -> list[Shape]:
     if re.fullmatch(r"-?\d+,\d+", text):
         return [Value(text.replace(",", "."))]
+    if (pointed := with_decimal_comma(text)) is not None:
+        return [Value(pointed)]
+    parts = split_top(text, (*_SEPARATORS, ";"))
+    if len(parts) > 1 and all(re.fullmatch(r"-?\d+,\d+", part.strip()) for part in parts):
+        return [Many("list", tuple(part.strip().replace(",", ".") for part in parts))]
     ratio = re.fullmatch(r"(\d+(?:\.\d+)?) ?: ?(\d+(?:\.\d+)?)", text)
     if ratio is not None and clock(text) is None:
         return [Value(f"{ratio[1]}/{ratio[2]}"), Value(text)]
@@ -131,6 +168,7 @@ def _nested_rows(text: str) -> Matrix | None:
 def members(text: str) -> list[str]:
     """Top-level members of `1, 2`, `1 and 2`, `1 or 2`, `1; 2`; one member when it is no list."""
     separators = (";",) if ";" in text else (",",)
+    text = re.sub(r"^either\s+", "", text)
     parts = [text] if re.fullmatch(r"-?\d+,\d+", text) else split_top(text, separators)
     found: list[str] = []
     for part in parts[: MAX_MEMBERS + 1]:
@@ -155,7 +193,8 @@ def _many(text: str) -> Many | None:
         if is_prose or _is_name_phrase(text):
             return None
     else:
-        parts = [part.strip() for part in split_top(inner, (",", ";"))]
+        separator = ";" if len(split_top(inner, (";",))) > 1 else ","
+        parts = [part.strip() for part in split_top(inner, (separator,))]
     parts = [branch for part in parts for branch in _signs(part)]
     if len(parts) > MAX_MEMBERS or (len(parts) < 2 and kind in ("list", "tuple")):
         return None
