@@ -27,14 +27,18 @@ _ECHO = re.compile(
     re.IGNORECASE,
 )
 _PLACEHOLDER = re.compile(
-    r"(?:\\text\w*\{|\s|\$)*(?:\?+|_+|(?:\\_)+|n/?a|unknown|tbd|\\square|\\Box)(?:\}|\s|\$)*", re.I
+    r"(?:\\text\w*\{|\s|\$)*(?:\?+|_+|(?:\\_)+|n/?a|unknown|tbd|todo|\\square|\\Box)(?:\}|\s|\$)*",
+    re.I,
 )
 _WORD_JOIN = r"(?:and|or|und|oder|et|ou|y|o|e|和|或|及)"
 _GAP = re.compile(
     rf"(?:\s|\$|[,;&、，]|\\[()\[\] ,;]|\\q?quad|\\text\{{\s*,?\s*{_WORD_JOIN}\s*\}}"
-    rf"|\b{_WORD_JOIN}\b|[或和及])*"
+    rf"|\b{_WORD_JOIN}\b|[或和及]"
+    # The marks of a list, whose items are the parts of one answer.
+    r"|\n\s*(?:[-*•]|\d{1,2}[.)])\s|\(?\b(?:[a-h]|i{1,3}|iv)\)\s)*"
 )
 _NAMED = re.compile(r"(?<![a-zA-Z0-9])([a-zA-Z](?:_\w)?)\s*=\s*(?:\$|\\\(|\s)*$")
+_NEGATED = re.compile(r"\b(?:not|nicht|instead\s+of)\s*\$?\s*$", re.IGNORECASE)
 _OR = re.compile(r"\b(?:or|oder|ou)\b|或")
 
 
@@ -65,9 +69,16 @@ def read_boxes(text: str) -> Boxes:
     if not boxes:
         *_, bare = [None, *_NO_BRACE.finditer(tail)]
         return Boxes(None) if bare is None else Boxes(bare[1], end=offset + bare.end())
+    meant = [box for box in boxes if not _NEGATED.search(tail[max(0, box.start - 12) : box.start])]
+    boxes = meant or boxes
     if _PLACEHOLDER.fullmatch(boxes[-1].content[:80]):
         return Boxes(None, is_refused=True)
     return Boxes(_join(tail, boxes), end=offset + boxes[-1].end)
+
+
+def is_placeholder(content: str) -> bool:
+    """`?`, `N/A`, `unknown`: what stands where an answer should."""
+    return len(content) <= 80 and _PLACEHOLDER.fullmatch(content) is not None
 
 
 def _scan(text: str) -> tuple[list[Box], bool]:

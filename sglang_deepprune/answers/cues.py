@@ -23,7 +23,7 @@ _DETAIL = (
     r"(?:\s+(?:to|for|of|in|auf|der|des|de|du|à|della|para|на)\s[^.:=\n?]{1,50}?"
     r"|\s*\([^()\n]{1,30}\))?"
 )
-_KIND = r"(?:\s+(?:finale?|correcta?|correcte|corretta|richtig|letter|key|choice|option))?"
+_KIND = r"(?:\s+(?:finale?|correcta?|correcte|corretta|correta|richtig|letter|key|choice|option))?"
 
 
 def _cue(nouns: str) -> str:
@@ -38,12 +38,16 @@ _HANGUL_ANSWER = r"(?:최종\s*)?(?:정답|답|답변)\s*(?:은|는)?\s*[:：]?\
 
 ANSWER = re.compile(
     _cue(
-        "answers?|antwort(?:en)?|réponses?|respuestas?|respostas?|risposte?a?|risposta|antwoord"
+        "answers?|ans|antwort(?:en)?|réponses?|respuestas?|respostas?|risposte?a?|risposta|antwoord"
         "|ответ|odpowiedź|cevap|yanıt|svar(?:et)?|vastaus|câu trả lời|đáp án|jawaban(?:nya)?"
         "|الجواب|الإجابة|उत्तर|απάντηση"
     )
     + rf"|{_CJK_ANSWER}(?<=[是为為はs:：选選\s])|{_HANGUL_ANSWER}(?<=[은는:：\s])"
     + r"|^\s{0,3}\#{4}\s*(?=\S)"
+    # Somit ist die Antwort 0,5.
+    + r"|\b(?:ist|lautet|lauten|sind)\s(?:die|das)\s"
+    r"(?:(?:richtige|korrekte|endgültige|gesuchte)\s)?"
+    r"(?:antwort|lösung|ergebnis|endergebnis)(?:en)?\s(?:also\s|daher\s|somit\s)?[:：]?\s*"
     + r"|^[ \t#*_>]*(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|antwort|réponse|respuesta)"
     r"[ \t*_#:：]*\n\s*",
     re.IGNORECASE | re.MULTILINE,
@@ -55,8 +59,9 @@ RESULT = re.compile(
         "|lösung(?:en)?|(?:end)?ergebnis|résultat|solución|soluciones|resultado|solução"
         "|risultato|soluzione|oplossing|resultaat|результат|wynik|sonuç|kết quả|hasil"
     )
+    + r"|\bI(?:'m|\s+am)\s+going\s+(?:with|for)\s+"
     + r"|\bI(?:\s+would|'d|'ll|\s+will)?\s+(?:pick|choose|select|go\s+with|vote\s+for|answer)"
-    r"(?:\s+with)?\s*:?\s+|(?:最终|最後)?(?:结果|結果)(?:是|为|為|は|：|:)\s*|故?[选選](?:择|擇)?\s*(?=[A-J])",
+    r"(?:\s+with)?\s*:?\s+|(?:最终|最後)?(?:结果|結果)(?:是|为|為|は|：|:)\s*|故?[选選](?:择|擇)?\s*[:：]?\s*(?=[A-J])",
     re.IGNORECASE | re.MULTILINE,
 )
 TENTATIVE = re.compile(
@@ -65,7 +70,7 @@ TENTATIVE = re.compile(
     re.IGNORECASE,
 )
 LABELS_FIRST = re.compile(
-    r"(?<![\w'])([A-J](?:\s*,\s*[A-J]){0,8}\s*(?:,|and|&|und|et|y)\s*[A-J])(?![\w'])\s+"
+    r"(?<![\w'])([A-J](?:\s*,\s*[A-J]){0,8}\s*(?:,\s*and|,|and|&|und|et|y)\s*[A-J])(?![\w'])\s+"
     r"(?:are|sind|sont|son)\s+(?:the\s+)?(?:only\s+)?(?:correct|right|true|richtig)\b"
 )
 LABEL_FIRST = re.compile(
@@ -74,9 +79,18 @@ LABEL_FIRST = re.compile(
     r"(?:correct|right|best|richtig|correcte?a?|true)\b"
 )
 
+# `Thus 4 is the answer.`
+VALUE_FIRST = re.compile(
+    r"(\$[^$\n]{1,120}\$|\\\(.{1,120}?\\\)|(?<![\w.,/^\\])-?[\d.,/]*\d%?|(?<![\w'])[A-J](?![\w']))"
+    r"[*_]{0,3}\s+is\s+(?:(?:therefore|thus|indeed)\s+)?(?:the|our|my)\s+"
+    r"(?:(?:final|correct|right)\s+)?(?:answer|solution)\b(?!\s+(?:to|of|for|if|when)\b)(?![^.\n]{0,60}\?)"
+)
+WONDERED = re.compile(
+    r"\b(?:maybe|perhaps|possible|chance|likely|might|could|doubt)\b", re.IGNORECASE
+)
 NOT_STATED = re.compile(
     r"(?:if|whether|suppose|assume|unless|saying|until|before|what|where|check(?:ing)?|when|once"
-    r"|is|not|wrong|incorrect|previous)(?:\s+(?:the|that|my|our|an|this|final|correct))*\s*$",
+    r"|is|not|wrong|incorrect|previous)(?:\s+(?:the|that|my|our|an|this|final|correct|true))*\s*$",
     re.IGNORECASE,
 )
 REFUSAL = re.compile(
@@ -84,7 +98,7 @@ REFUSAL = re.compile(
     r"|cannot|can't|can\s+not|could\s+not|couldn't|unable|don't\s+know|do\s+not\s+know|no\s+idea"
     r"|not\s+(?:enough|sure|known|clear|given|determin\w*|certain|possible\s+to)|insufficient"
     r"|impossible\s+to\s+(?:say|tell|determine|know|answer)|unknown|unclear|undetermined|unsure"
-    r"|no\s+(?:final\s+)?answer|keine\s+ahnung|weiß\s+(?:es\s+)?nicht|nicht\s+(?:bestimm|möglich|genug)\w*"
+    r"|no\s+(?:final\s+)?answer|to\s+be\s+determined|keine\s+ahnung|weiß\s+(?:es\s+)?nicht|nicht\s+(?:bestimm|möglich|genug)\w*"
     r"|ne\s+(?:sais|peux)\s+pas|no\s+(?:lo\s+)?sé|no\s+puedo|não\s+sei|non\s+lo\s+so|не\s+знаю)"
     r"|不知道|无法|無法|分かりません|わかりません|不明|모르",
     re.IGNORECASE,
@@ -99,21 +113,25 @@ CLAUSE = re.compile(
     r"\s+(?:because|since|due\s+to|which|whereas|weil|denn|parce\s+que|puisque|porque|perché|as\s+"
     r"(?:we|the|it|shown|required|desired|stated|i|expected)|after\s+all)\b"
     r"|\s+(?:and|und)\s+(?:we|the|it|that|this|so|das|es|wir)\b"
-    r"|,\s*(?:because|since|as|which|so|not|but|where|hence|thus|therefore|with|weil|da|denn|car"
+    r"|,\s*(?:because|since|as|which|who|so|not|but|where|hence|thus|therefore|with|weil|da|denn|car"
     r"|puisque|porque|perché|for|i\.e|right|and\s+(?:we|the|it|so|not|that|I)|that\s+is|rather)\b"
     r"|\s*\((?=\s*(?:not|because|since|i\.e|which|approx|see|as|option|the|rounded|and|nicht|pas|or)\b)"
     r"|\s+\(?(?:not|nicht|instead\s+of|rather\s+than|pas)\s"
-    r"|\s+[-–—]{1,2}\s+(?=[^\W\d_]+\W+[^\W\d_]+)|;|\s+\\blacksquare|\s*[□■∎]|,?\s+as\s*$",
+    r"|\s+[-–—]{1,2}\s+(?=[^\W\d_]+\W+[^\W\d_]+)|;(?!\s*[-+]?\d[\d.,/]*(?:\s*[;.]|\s*$))|\s+\\blacksquare|\s*[□■∎]|,?\s+as\s*$",
     re.IGNORECASE,
 )
 # A stop ends the sentence unless it is part of a number or of a short title.
-STOP = re.compile(r"[.?](?=[\s*_\"'”」)\]}<]|$)|(?<![\d)}])!(?=\s|$)|[。！？؟।]|\n|\*\*|<|`")
+STOP = re.compile(
+    r"[.?](?=[\s*_\"'”」)\]}<]|$)|(?<![\d)}])!(?=\s|$)|[。！？؟।]|\n|\*\*|<(?=[/|!a-zA-Z｜])|`"
+)
 TITLES = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Mt|vs|No|approx|ca|Nr|Sr|Jr|bzw)|\b[ap]\.m|U\.S)$"
 )
 FILLER = re.compile(
     r"(?:therefore|thus|then|simply|just|indeed|actually|clearly|exactly|equal\s+to|given\s+by|now"
     r"|options?|choices?|letters?|answer|either|definitely|probably|likely|approximately|about|hence|still"
+    r"|most\s+(?:likely|probably)|(?:la|a|die|le)(?=\s\(?[A-J]\b)|(?:la|a|le)\s+(?:letra|opción|opção|lettre|alternativa"
+    r"|lettera|opzione|réponse)|letra|opción|opção|lettre|alternativa|lettera|opzione|вариант"
     r"|the\s+(?:options?|choice|letter|number|value)|roughly|around|antwort|selon\s+moi|also|:|="
     r"|选项|選項|choose|obviously|certainly|again|once\s+more|alternative|Antwortmöglichkeit)(?:,|:|\s)\s*|[:：]\s*",
     re.IGNORECASE,
@@ -138,7 +156,8 @@ DISPLAYED = re.compile(
     re.IGNORECASE,
 )
 CONCLUDES = re.compile(
-    r"(?:'s\s|\b(?:is|are|equals?|gives|be|get|have|obtain|ist|sind|ergibt|beträgt|est|vaut|es|son|é|è)\b|=|为|為|是|は)"
+    r"(?:'s\s|\b(?:is|are|was|were|equals?|gives|be|get|have|has|obtain|makes?|takes?|needs?|costs?|earns?"
+    r"|pays?|spends?|spent|contains?|ist|sind|ergibt|beträgt|est|vaut|es|son|é|è)\b|=|为|為|是|は)"
     r"\s*(?!.*(?:\b(?:is|are|equals?|ist|est)\b|=))(\S.{0,80})$",
     re.IGNORECASE,
 )

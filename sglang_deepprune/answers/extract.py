@@ -15,12 +15,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_deepprune.answers import cues
-from sglang_deepprune.answers.boxes import read_boxes
+from sglang_deepprune.answers.boxes import is_placeholder, read_boxes
 from sglang_deepprune.answers.folding import MAX_CHARS
 from sglang_deepprune.answers.reasoning import split_reasoning, without_control
-from sglang_deepprune.answers.statements import find_closing, find_statement, option
+from sglang_deepprune.answers.statements import (
+    find_closing,
+    find_statement,
+    option,
+    option_name,
+)
 
-_FIELDS = ("answer", "final_answer", "finalAnswer", "final answer", "result", "solution", "choice")
+_FIELDS = ("answer", "final_answer", "finalanswer", "final answer", "result", "solution", "choice")
 _MAX_JSON_CHARS = 262_144
 _MAX_JSON_TRIES = 8
 _FENCE = re.compile(r"```(?:json5?|JSON)?[ \t]*\n(.*?)```", re.DOTALL)
@@ -31,9 +36,19 @@ _PREFIX = re.compile(
 )
 _OPTION_MACRO = re.compile(
     r"(?:\\(?:text\w*|math(?:rm|bf)|mbox)\s*\{)?\s*"
-    r"(?:\(?([A-J])\s*\)\s*\}?|([A-J])[.:](?=[\s}~\\])\s*\}?)[\s\\.:,;~]*(.*)",
+    r"(?:\(?([A-J])\s*\)\s*\}?|([A-J])(?:[.:](?=[\s}~\\])|[．、])\s*\}?)[\s\\.:,;~]*(.*)",
     re.DOTALL,
 )
+_DISCLAIMED = re.compile(
+    r"(?:I|we)(?:'m|\s+am|\s+are|\s+do|\s+could|\s+can)?(?:\s+not|\s*n't|\s+don't|\s+can't|\s+cannot|\s+couldn't)\b",
+    re.IGNORECASE,
+)
+_LATEX_ESCAPE = re.compile(
+    r"(?<!\\)\\(?=[^\"\\/bfnrtu\s]|u(?![0-9a-fA-F]{4})"
+    r"|(?:f?box(?:ed)?|binom|beta|bar|begin|frac|forall|neq?|nu|neg|nabla|not|right|rho|rangle|text\w*|times"
+    r"|theta|tau|tan|tfrac|triangle)(?![a-zA-Z]))"
+)
+_COMMA_AT_END = re.compile(r",(?=\s*[}\]]\s*(?:$|[`\n]))")
 _DOT_GROUP = re.compile(r"(-?[1-9]\d{0,2})\.(\d{3})(?=$|[\s€]|\\text)")
 _COMMA_DECIMAL = re.compile(r"(-?\d{1,3}),(\d{3})(?=$|[\s€]|\\text)")
 
@@ -117,6 +132,11 @@ def _tidied(answer: str, kind: str, text: str) -> Extraction | None:
     answer = _PREFIX.sub("", answer.strip())
     if (wrapped := _TEXT_ONLY.fullmatch(answer)) is not None:
         answer = wrapped[1].strip()
+    if is_placeholder(answer) or _DISCLAIMED.match(answer):
+        return None
+    name = option_name(_TEXT_ONLY.sub(r"\1", answer).strip())
+    if name is not None:
+        return Extraction(name, "letter" if kind != "box" else kind)
     labelled = _OPTION_MACRO.fullmatch(answer)
     if labelled is not None and (kind == "box" or option(answer)):
         return Extraction(labelled[1] or labelled[2], "letter" if kind != "box" else kind)
@@ -143,6 +163,7 @@ def _from_json(text: str, json_field: str | None) -> _Found | None:
     if "{" not in text or len(text) > _MAX_JSON_CHARS or '"' not in text:
         return None
     names = (json_field,) if json_field else _FIELDS
+    text = _COMMA_AT_END.sub("", _LATEX_ESCAPE.sub(r"\\\\", text))
     for candidate in _json_candidates(text, names):
         value = _field(candidate, names)
         if value is not None:
@@ -157,9 +178,12 @@ def _json_candidates(text: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
     starts = [fence.start(1) for fence in _FENCE.finditer(text)][-_MAX_JSON_TRIES:]
     stripped = len(text) - len(text.lstrip())
     position = len(text)
+    pattern = re.compile("|".join(f'"{re.escape(name)}"' for name in names), re.IGNORECASE)
+    keys = [match.start() for match in pattern.finditer(text)]
     for _ in range(_MAX_JSON_TRIES):
-        key = max(text.rfind(f'"{name}"', 0, position) for name in names)
-        position = text.rfind("{", 0, max(key, 0))
+        while keys and keys[-1] >= position:
+            keys.pop()
+        position = text.rfind("{", 0, keys[-1] if keys else 0)
         if position < 0:
             break
         starts.append(position)
@@ -177,6 +201,8 @@ def _json_candidates(text: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _field(value: dict[str, Any], names: tuple[str, ...]) -> Any:
+    if not any(name in value for name in names):
+        value = {name.lower(): inside for name, inside in value.items()}  # "Answer"
     return next((value[name] for name in names if value.get(name) is not None), None)
 
 

@@ -23,6 +23,8 @@ _MARK = re.compile(
 # What chat templates leave in a text: a border between sentences, never part of an answer.
 _CONTROL = re.compile(r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</?s>|<(?:eos|bos|end_of_turn|start_of_turn)>")
 
+_EMPHASIS = re.compile(r"</?(?:b|i|u|em|strong|mark|span|sup|sub)>|<br ?/?>")
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -56,5 +58,6 @@ def split_reasoning(text: str, *, starts_inside: bool = False) -> Split:
 
 
 def without_control(text: str) -> str:
-    """Chat control tokens become line ends."""
-    return _CONTROL.sub("\n", text) if "<" in text else text
+    """Chat control tokens become line ends, and HTML's marks of emphasis nothing."""
+    text = text.replace("&nbsp;", " ")
+    return _EMPHASIS.sub("", _CONTROL.sub("\n", text)) if "<" in text else text

@@ -26,12 +26,23 @@ _LABELS = re.compile(
     r"\(?([A-J])\)?(?:\s*(?:,|;|/|&|\band\b|\bund\b|\bet\b|\by\b|和|、|及)\s*(?:and\s+)?\(?([A-J])\)?)+(?!\w)"
 )
 _LABEL = re.compile(
-    r"(?:\\text\w*\{)?\(([A-Ja-j])\)\}?(?!\s*[-+*/^=])(?:[\s.:].*|)|([A-J])(?:\s*[).:]\s*\S.*|[).:]?)",
+    r"(?:\\text\w*\{)?\(([A-Ja-j])\)\}?(?!\s*[-+*/^=])(?:[\s.:].*|)|([A-J])(?:\s*[).:．、]\s*\S.*|[).:．]?)",
     re.DOTALL,
 )
 _LOWER_LABEL = re.compile(r"([a-j])\)?\s*")
+# `b) 12`, but not `a) 12 b) 13`: those are parts.
+_LOWER_LABELLED = re.compile(r"([a-j])\)\s*(?:(?!\b[a-j]\)).)+", re.DOTALL)
+_PARTS = re.compile(r"\(?A\)\s.{1,80}\s\(?B\)\s", re.DOTALL)
+_OPTION_NAME = re.compile(
+    r"(?:option|choice|answer|letter|选项|選項|選択肢|opción|opção|antwort)\s*[:：]?\s*"
+    r"\(?([A-J])\)?[.．。]?", re.IGNORECASE,
+)  # fmt: skip
 _ASSIGNED = re.compile(r"^(?:[a-zA-Z]|\\[a-z]+)(?:_\w)?(?:\(\w\))?=")
+_UNFINISHED = re.compile(r"\\(?:f?box(?:ed)?|[dt]?frac|sqrt)?\s*$")
+_DISPLAY_BLOCK = re.compile(r"\\(begin|end)\{(?:equation|align|gather|displaymath|eqnarray)\*?\}")
 _RUN = re.compile(r"\s{9,}")
+_LEADING_LABEL = re.compile(r"[*_([]{0,4}([A-J])[*_)\].]{0,5}[ \t]*(?:\n\s*\n|$)")
+_QUOTED = re.compile(r"```\w*\n(.{1,200}?)\n?```|[>=→⇒∴]+\s*(.{1,200})", re.DOTALL)
 _BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*")
 
 
@@ -45,7 +56,7 @@ class Statement:
 
 def find_statement(text: str, *, is_cut: bool) -> Statement | None:
     """The last explicit answer statement; of a cut text only one that was finished."""
-    text = _RUN.sub(_shortened, text[-_MAX_CHARS:])
+    text = _DISPLAY_BLOCK.sub(_displayed, _RUN.sub(_shortened, text[-_MAX_CHARS:]))
     for pattern in (cues.ANSWER, cues.RESULT, cues.TENTATIVE):
         matches = list(pattern.finditer(text))[-_MAX_CANDIDATES:]
         if pattern is cues.TENTATIVE and is_cut:
@@ -57,14 +68,30 @@ def find_statement(text: str, *, is_cut: bool) -> Statement | None:
             found = _state(text[match.end() : match.end() + _MAX_STATEMENT], is_cut, is_pick)
             if found is not None:
                 return found
-        if pattern is cues.ANSWER and (label := _label_first(text)) is not None:
-            return label
+        if (
+            pattern is cues.ANSWER
+            and (first := _value_first(text) or _label_first(text)) is not None
+        ):
+            return first
     return None
+
+
+def _displayed(mark: re.Match[str]) -> str:
+    return r"\[" if mark[1] == "begin" else r"\]"
 
 
 def _shortened(run: re.Match[str]) -> str:
     """Of a long run of spaces, which would make each pattern that looks through it quadratic."""
     return "\n\n" if "\n" in run[0] else "  "
+
+
+def _value_first(text: str) -> Statement | None:
+    """`Thus 4 is the answer`."""
+    for match in reversed(list(cues.VALUE_FIRST.finditer(text))[-_MAX_CANDIDATES:]):
+        before = re.split(r"[.\n]", text[max(0, match.start() - 30) : match.start()])[-1]
+        if not cues.NOT_STATED.search(before) and not cues.WONDERED.search(before):
+            return _checked(match[1].strip("$").removeprefix(r"\(").removesuffix(r"\)"), True)
+    return None
 
 
 def _label_first(text: str) -> Statement | None:
@@ -97,7 +124,8 @@ def _state(text: str, is_cut: bool, is_pick: bool) -> Statement | None:
 def _clip(text: str) -> tuple[str, bool]:
     """The statement up to its end, and whether it has one."""
     end, is_finished = len(text), False
-    for stop in cues.STOP.finditer(text):
+    inline = _INLINE.match(text)
+    for stop in cues.STOP.finditer(text, inline.end() if inline else 0):
         if stop.start() > 0 and not cues.TITLES.search(text[: stop.start()][-8:]):
             end, is_finished = stop.start(), True
             break
@@ -119,6 +147,8 @@ def _checked(content: str, is_pick: bool) -> Statement | None:
     content = cues.SUFFIX.sub("", cues.EMOJI.sub("", content.strip())).strip(" ,:;\"'“”「」")
     if not content or len(content) > 300 or cues.REFUSAL.search(content):
         return None
+    if _UNFINISHED.search(content) or content.count("{") > content.count("}"):
+        return None  # a text that ends in the middle of its answer
     is_filler = len(content) > 1 and content.casefold() in cues.STOPWORDS
     if is_filler or cues.ANSWER.fullmatch(content):
         return None
@@ -147,6 +177,12 @@ def option(content: str, is_pick: bool = False) -> str | None:
     content = content.strip().strip("*_`").strip()
     if (several := _LABELS.fullmatch(content)) is not None:
         return ", ".join(re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", several[0]))
+    if (name := option_name(content)) is not None:
+        return name
+    if (label := _LOWER_LABELLED.fullmatch(content)) is not None:
+        return label[1].upper()
+    if _PARTS.match(content):
+        return None
     if (label := _LABEL.fullmatch(content)) is not None:
         return (label[1] or label[2]).upper()
     if is_pick and (label := _LOWER_LABEL.fullmatch(content)) is not None:
@@ -154,12 +190,24 @@ def option(content: str, is_pick: bool = False) -> str | None:
     return None
 
 
+def option_name(content: str) -> str | None:
+    """The letter of `Option C`."""
+    name = _OPTION_NAME.fullmatch(content)
+    return name[1] if name is not None and name[1].isupper() else None
+
+
 def find_closing(text: str) -> Statement | None:
     """Weaker forms at the very end: bold value, bare value, `Thus x = 5.`; never of a cut text."""
     text = _RUN.sub(_shortened, text.strip())
+    if (label := _LEADING_LABEL.match(text)) is not None:
+        return Statement(label[1], "letter")
     if not text or text.endswith(("...", "…", ",", ":")):
         return None
-    if len(text) <= 80 and "\n" not in text and (bare := _bare(text)) is not None:
+    if (
+        len(text) <= 80
+        and ("\n" not in text or text.startswith("```"))
+        and (bare := _bare(text)) is not None
+    ):
         return bare
     if (display := cues.DISPLAYED.search(text[-400:])) is not None:
         return Statement(display[1].strip(), "conclusion")
@@ -173,6 +221,8 @@ def find_closing(text: str) -> Statement | None:
 
 
 def _bare(text: str) -> Statement | None:
+    if (quoted := _QUOTED.fullmatch(text)) is not None:
+        text = (quoted[1] or quoted[2]).strip()
     if (label := option(text, is_pick=True)) is not None:
         return Statement(label, "letter")
     trimmed = text.strip("*_` ").rstrip(".。!")
@@ -212,8 +262,11 @@ def _conclusion(line: str) -> Statement | None:
     is_conclusion = cues.OPENING.match(sentence.lstrip(" -*>")) or cues.OVERALL.search(sentence)
     if not is_conclusion or cues.REFUSAL.search(sentence):
         return None
+    if (label := _OPTION_NAME.search(sentence)) is not None and label.end() == len(sentence):
+        return Statement(label[1], "letter")
     stated = cues.CONCLUDES.search(sentence)
     if stated is None:
         return None
-    value = stated[1].strip(" $*").removesuffix(r"\)").removeprefix(r"\(").strip()
+    value = cues.CLAUSE.split(stated[1], maxsplit=1)[0]
+    value = value.strip(" $*").removesuffix(r"\)").removeprefix(r"\(").strip()
     return Statement(value, "conclusion") if is_value(value) else None

@@ -242,3 +242,36 @@ def test_nested_sets_cost_a_bounded_number_of_comparisons() -> None:
     start = time.process_time()
     assert compare(nested("x", 3), nested("y", 3)) is None
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [("3万", "3億"), ("101_2", "101_3"), ("0x1F", "0x1E"), ("2^{3}5", "2^{35}"),
+     ("\\sin^{-1}(x)", "\\frac{1}{\\sin x}"), ("1:2:3", "1:3:2"), ("5千米", "5米")],
+)  # fmt: skip
+def test_what_the_algebra_cannot_read_is_not_the_same(a: str, b: str) -> None:
+    """Math-Verify leaves out what it does not know, and finds the rest equal."""
+    assert not equivalent(a, b) and not equivalent(b, a)
+
+
+def test_deep_nesting_ends() -> None:
+    """Math-Verify took more than ten minutes for this."""
+    start = time.process_time()
+    assert not equivalent("\\frac{" * 60 + "1" + "}{2}" * 60, "1")
+    assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Is it possible that 2.37 is the answer?",
+        "Suppose 4 is the answer.",
+        "Maybe 4 is the answer to this.",
+        "The answer is $\\frac{3}{",
+        "So the answer is \\boxed",
+        '{"answer": "N/A"}',
+        "\\boxed{\\text{I don't know}}",
+    ],
+)
+def test_a_thought_or_a_fragment_is_no_answer(text: str) -> None:
+    assert extract(text) is None
