@@ -6,6 +6,7 @@ Knows the places that schema/record.schema.json names, and nothing of how a repl
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,11 +15,23 @@ from typing import Any
 
 KEY = "deepprune"
 _EVENT_FIELDS = ("data:", ":", "event:", "id:", "retry:")
+_HEADERS = re.compile(r"\s*HTTP/[\d.]+ \d{3}.*?\r?\n\r?\n", re.DOTALL)  # of `curl -i`
 SCHEMA = Path(__file__).parent / "schema" / "record.schema.json"
 
 
 class ReplyError(ValueError):
     """No record to be had from this; one sentence."""
+
+
+# What is read of a record, and its kinds; the schema has all of it.
+_KINDS: dict[str, type] = {
+    "active": bool, "settled": bool, "size": int, "group_id": str, "reason": str, "votes": list,
+    "choices": list, "clusters": list, "generated_tokens": int, "judge_calls": int, "windows": int,
+}  # fmt: skip
+_INNER: dict[str, dict[str, type]] = {
+    "votes": {"answer": str, "votes": int},
+    "choices": {"index": int, "state": str, "tokens": int},
+}
 
 
 @dataclass(slots=True)
@@ -61,17 +74,24 @@ def read(text: str) -> Reply:
 
 def _documents(text: str) -> Iterator[Any]:
     """Each JSON value; a list of outputs is given out one by one."""
+    text = _HEADERS.sub("", text.removeprefix("\ufeff"), count=1)
     if not text.strip():
         raise ReplyError("the input is empty")
     try:
         whole = json.loads(text)
+    except RecursionError:
+        raise ReplyError("this is nested too deeply to be a reply of SGLang's") from None
     except json.JSONDecodeError:
         whole = [_line(line, number) for number, line in _lines(text)]
-    if isinstance(whole, list):
-        for one in whole:
-            yield from one if isinstance(one, list) else [one]
-    else:
-        yield whole
+    for one in whole if isinstance(whole, list) else [whole]:
+        yield from map(_body, one if isinstance(one, list) else [one])
+
+
+def _body(document: Any) -> Any:
+    """What a line of a batch's output holds, else the document itself."""
+    response = document.get("response") if isinstance(document, dict) else None
+    body = response.get("body") if isinstance(response, dict) else None
+    return body if isinstance(body, dict) else document
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -114,7 +134,8 @@ def _groups(document: Any) -> Iterator[dict[str, Any]]:
             yield one
         if isinstance(one.get("group"), dict):
             yield one["group"]
-        for many in one.get("groups") or ():
+        many_of_them = one.get("groups")
+        for many in many_of_them if isinstance(many_of_them, list) else ():
             if isinstance(many, dict):
                 yield many
 
@@ -128,10 +149,13 @@ def _texts(document: Any, is_stream: bool) -> Iterator[tuple[int, str, bool]]:
         yield index, document["text"], False
     kind = str(document.get("object", ""))
     is_chunk = kind.endswith("chunk") or (kind == "text_completion" and is_stream)
-    for one in document.get("choices") or ():
+    choices = document.get("choices")
+    for one in choices if isinstance(choices, list) else ():
         if not isinstance(one, dict) or not isinstance(one.get("index"), int):
             continue
         said = one.get("delta") or one.get("message") or {"content": one.get("text")}
+        if not isinstance(said, dict):
+            continue
         parts = [said.get("reasoning_content"), said.get("content")]
         texts = [part for part in parts if isinstance(part, str)]
         if texts:
@@ -139,8 +163,10 @@ def _texts(document: Any, is_stream: bool) -> Iterator[tuple[int, str, bool]]:
 
 
 def _choice(document: dict[str, Any]) -> int | None:
-    record = (document.get("meta_info") or {}).get(KEY) or {}
-    return (record.get("choice") or {}).get("index")
+    found: Any = document
+    for name in ("meta_info", KEY, "choice", "index"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, int) else None
 
 
 def _num_choice_records(document: Any) -> int:
@@ -160,6 +186,22 @@ def _required() -> tuple[str, ...]:
 
 
 def _check(record: dict[str, Any]) -> None:
+    wrong = [
+        name for name, kind in _KINDS.items() if not isinstance(record.get(name, kind()), kind)
+    ]
+    wrong += [
+        f"{name}[].{inner}"
+        for name, fields in _INNER.items()
+        if name not in wrong
+        for inner, kind in fields.items()
+        for one in record.get(name, ())
+        if not isinstance(one, dict) or not isinstance(one.get(inner), kind)
+    ]
+    if wrong:
+        raise ReplyError(
+            f"this is no group record: {', '.join(dict.fromkeys(wrong))} of another kind "
+            f"(schema/record.schema.json)"
+        )
     missing = [name for name in _required() if name not in record]
     if missing:
         raise ReplyError(
@@ -168,12 +210,18 @@ def _check(record: dict[str, Any]) -> None:
         )
 
 
+def _is_error(document: dict[str, Any]) -> bool:
+    return document.get("object") == "error" or isinstance(document.get("error"), dict)
+
+
 def _why_none(documents: list[Any], num_choices: int) -> str:
     if num_choices:
         return (
             f"{num_choices} choices here have a record of their own but none has the group's; give "
             f"the whole reply, or a stream to its end"
         )
+    if any(isinstance(one, dict) and _is_error(one) for one in documents):
+        return "this is an error that the server answered with, not a reply; its message says why"
     is_reply = any(
         isinstance(one, dict) and ("meta_info" in one or "choices" in one) for one in documents
     )

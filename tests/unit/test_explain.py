@@ -364,3 +364,32 @@ def test_exit_codes_tell_no_record_from_wrong_usage(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["explain"])
     assert error.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"votes": None}, {"votes": "x"}, {"choices": ["a"]}, {"choices": [{"state": "finished"}]},
+     {"size": "4"}, {"settled": None}, {"reason": None}, {"group_id": [7]}],
+)  # fmt: skip
+def test_a_record_of_another_kind_is_one_error(change: dict[str, Any]):
+    with pytest.raises(ReplyError, match="no group record"):
+        read(json.dumps({**DECIDED, **change}))
+
+
+@pytest.mark.parametrize(
+    "document",
+    ['[{"text": "a", "index": 0, "meta_info": "x"}]', '{"choices": [{"index": 0, "message": "x"}]}',
+     '{"metadata": {"deepprune": {"groups": 3}}}', "[" * 100_000, '{"error": {"message": "m"}}'],
+    ids=["meta", "message", "groups", "deep", "error"],
+)  # fmt: skip
+def test_odd_replies_are_one_error(document: str):
+    with pytest.raises(ReplyError):
+        read(document)
+
+
+def test_a_batch_line_a_byte_order_mark_and_headers_are_read_over():
+    body = {"choices": [], "metadata": {"deepprune": {"group": DECIDED}}}
+    line = json.dumps({"custom_id": "1", "response": {"status_code": 200, "body": body}})
+    headers = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n" + json.dumps(body)
+    for text in (line, "\ufeff" + json.dumps(body), headers):
+        assert read(text).groups == [DECIDED]
