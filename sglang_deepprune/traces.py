@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from sglang_deepprune.answers import extract
 from sglang_deepprune.truncation import WordCut
@@ -67,10 +67,9 @@ class Question:
 def load(path: str | Path) -> list[Question]:
     """Questions in the order in which they first appear. Raises `TraceFileError`."""
     path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
     found: dict[str, list[Recorded]] = {}
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with _opened(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     trace = _recorded(line, f"{path.name}, line {number}")
@@ -80,6 +79,14 @@ def load(path: str | Path) -> list[Question]:
     if not found:
         raise TraceFileError(f"{path.name} holds no trace")
     return [Question(name, rows[0].prompt, tuple(rows)) for name, rows in found.items()]
+
+
+def _opened(path: Path) -> IO[str]:
+    """By what the file holds, whatever it is called; a byte order mark is no text."""
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    opener = gzip.open if is_gzip else open
+    return cast(IO[str], opener(path, "rt", encoding="utf-8-sig"))
 
 
 def truncate(trace: Recorded, cut: str, sibling: int = 0) -> Trace:
@@ -101,7 +108,7 @@ def parse_cut(cut: str) -> tuple[str, float]:
         value = float(amount)
     except ValueError:
         value = 0.0
-    is_good = 0 < value < 1 if kind == "share" else value >= 1 and value == int(value)
+    is_good = 0 < value < 1 if kind == "share" else value >= 1 and value.is_integer()
     if kind not in ("tokens", "words", "share") or not is_good:
         raise CutError(f"no cut {cut!r}; use tokens:K, words:K or share:F with 0 < F < 1")
     return kind, value

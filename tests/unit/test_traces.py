@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_deepprune.traces import CutError, TraceFileError, load, truncate
+from sglang_deepprune.traces import CutError, TraceFileError, load, parse_cut, truncate
 from tests.unit import recordings
 
 ROW = {"question_id": "1", "prompt": "p", "text": "wait. The answer is 5.", "num_tokens": 8}
@@ -88,3 +88,18 @@ def test_no_cut(tmp_path: Path, cut: str):
     ((trace,),) = [q.traces for q in load(recordings.write(tmp_path / "f.jsonl", [ROW]))]
     with pytest.raises(CutError, match="use tokens:K"):
         truncate(trace, cut)
+
+
+def test_a_file_is_read_by_what_it_holds(tmp_path: Path):
+    line = json.dumps(ROW)
+    (tmp_path / "mark.jsonl").write_text("\ufeff" + line, encoding="utf-8")
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(line.encode()))
+    (tmp_path / "plain.jsonl.gz").write_text(line)
+    for name in ("mark.jsonl", "packed.jsonl", "plain.jsonl.gz"):
+        assert load(tmp_path / name)[0].question_id == "1"
+
+
+@pytest.mark.parametrize("cut", ["words:inf", "tokens:inf"])
+def test_an_endless_cut_is_none(cut: str):
+    with pytest.raises(CutError):
+        parse_cut(cut)
