@@ -55,6 +55,8 @@ def read_ask(config: DeepPruneConfig, custom_params: Any) -> Ask:
         raise ConfigError("enabled", f"expected true or false, got {shown(enabled)}")
     group = checked_text("group", settings.pop("group", ""))
     size = settings.pop("size", 0)
+    if isinstance(size, float) and size.is_integer():  # as other whole numbers
+        size = int(size)
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_SIBLINGS:
         raise ConfigError("size", f"expected 0 (open-ended) to {MOST_SIBLINGS}, got {shown(size)}")
     if size and not group:

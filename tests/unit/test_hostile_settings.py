@@ -153,3 +153,9 @@ def test_a_client_side_group_of_a_long_prompt_is_named_in_no_time():
     other = tokenizer_manager._client_side_tag(MANAGER, single([*ids[:-1], 0]))
     assert other is not None and other["gid"] != name
     assert cpu_ms(lambda: tokenizer_manager._client_side_tag(MANAGER, single(ids))) < STEP_LIMIT_MS
+
+
+def test_a_size_may_be_a_whole_float_as_other_settings():
+    ask = read({"group": "g", "size": 4.0})
+    assert isinstance(ask, wire.Ask) and ask.size == 4
+    assert isinstance(read({"group": "g", "size": 4.5}), ConfigError)
