@@ -21,7 +21,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.frontier_data import Branch, Draw, Question, SimulatedJudge, draws_of, load
+from benchmarks.frontier_data import (
+    Branch,
+    BranchFileError,
+    Draw,
+    Question,
+    SimulatedJudge,
+    draws_of,
+    load,
+)
 from benchmarks.frontier_report import Bench, Served, print_report, save_plot, server_row
 from benchmarks.frontier_sim import Outcome, Server, outcome_of, outcome_of_all, vote
 from benchmarks.report import Row, write_json
@@ -235,7 +243,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
-    questions = load(args.branches, args.questions)
+    try:
+        questions = load(args.branches, args.questions)
+    except BranchFileError as error:
+        parser.error(str(error))
     fewest = min((len(one.branches) for one in questions), default=0)
     if not all(1 <= size <= fewest for size in args.sizes):
         parser.error(f"--sizes must be 1 to {fewest}: a question has that many branches")

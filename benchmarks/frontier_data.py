@@ -28,6 +28,10 @@ _SILENT = frozenset({"", "err", "none", "null"})
 _WHOLE = re.compile(r"([+-]?)0*(\d+)(?:\.0*)?")
 
 
+class BranchFileError(ValueError):
+    """A recording that cannot be read: names file, question and field."""
+
+
 @dataclass(frozen=True, slots=True)
 class Branch:
     """One recorded trace."""
@@ -76,9 +80,21 @@ def load(paths: Sequence[Path], limit: int | None = None) -> list[Question]:
     """The questions of all files; `limit`: the first ones of each file."""
     found: list[Question] = []
     for path in paths:
-        data = path.read_bytes()
-        entries = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
-        found += [_question(len(found) + i, one) for i, one in enumerate(entries[:limit])]
+        try:
+            data = path.read_bytes()
+            entries = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        except (OSError, EOFError, ValueError) as error:
+            raise BranchFileError(f"{path.name}: {error}") from error
+        if not isinstance(entries, list):
+            raise BranchFileError(f"{path.name}: no list of questions")
+        for place, entry in enumerate(entries[:limit]):
+            try:
+                found.append(_question(len(found), entry))
+            except (KeyError, TypeError, ValueError) as error:
+                what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+                raise BranchFileError(f"{path.name}, question {place}: {what}") from error
+    if not found:
+        raise BranchFileError("no questions")
     return found
 
 

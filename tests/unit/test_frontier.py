@@ -19,7 +19,7 @@ from benchmarks.frontier import (
     serve,
     waves,
 )
-from benchmarks.frontier_data import SimulatedJudge, draws_of, load, normalised
+from benchmarks.frontier_data import BranchFileError, SimulatedJudge, draws_of, load, normalised
 from benchmarks.frontier_report import Bench
 from benchmarks.frontier_sim import Server, vote
 from sglang_deepprune.config import DeepPruneConfig
@@ -261,3 +261,16 @@ def test_more_siblings_than_were_recorded_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--branches", str(path), "--sizes", "8"])
     assert "1 to 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "Expecting"), ('{"a": 1}', "no list"), ("[]", "no questions"),
+     ('[{"gold_answer": "1"}]', "question 0: no field 'each_branch'"),
+     ('[{"gold_answer": "1", "each_branch": [[["1"], 5]]}]', "question 0: not enough")],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_one_error(tmp_path, content: str, said: str):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(BranchFileError, match=said):
+        load([path])
