@@ -159,7 +159,7 @@ _CLOCK = re.compile(
 _HOUR = re.compile(r"(\d{1,2})\s*(?:([ap])\.?\s*m\.?|o'clock)", re.IGNORECASE)
 _COMPOUND = re.compile(r"\d+(?:\.\d+)? ?[a-z]+(?:,? ?(?:and )?\d+(?:\.\d+)? ?[a-z]+)+")
 _RATIO = re.compile(r"(\d{1,40}(?:\.\d{1,40})?):(\d{1,40}(?:\.\d{1,40})?)")
-_BASED = re.compile(r"([0-9A-F]+)_\{?(\d{1,2})\}?")
+_BASED = re.compile(r"(?=[A-F]*\d)([0-9A-F]+)_\{?(\d{1,2})\}?")
 _ZEROS = {"千": 3, "천": 3, "万": 4, "萬": 4, "만": 4, "億": 8, "亿": 8, "억": 8, "兆": 12}
 _CJK_NUMBER = re.compile(rf"((?:\d+(?:\.\d+)?[{''.join(_ZEROS)}])+(?:\d+)?)(?=\D|$)(.*)", re.DOTALL)
 _COUNTERS = frozenset("个個人名本只隻条條张張件次枚匹台つ개명번권회")
