@@ -118,6 +118,22 @@ def test_prompts_as_token_ids_are_groups_as_texts_are(scripted: Server, tokenize
     assert [group["answer"] for group in groups] == ["15", "4"]
 
 
+def test_a_batch_of_prompts_as_token_ids_may_name_one_group(scripted: Server, tokenizer: Any):
+    """SGLang sends such a batch whole, by another function than single requests."""
+    ours = {"group": "batch of ids", "size": 6, "preset": "latency"}
+    ids = [tokenizer.encode("D12: four ways")] * 6
+    body = body_of("/generate", None, 1, {"deepprune": ours})
+    del body["text"]
+    outputs = generate(scripted, {**body, "input_ids": ids})
+    assert len({one["meta_info"]["deepprune"]["group"]["group_id"] for one in outputs}) == 1
+    record = max((group_of([one]) for one in outputs), key=lambda group: len(group["choices"]))
+    assert (record["size"], record["answer"]) == (6, "5")
+    ours["preset"] = "best"
+    refused = scripted.post("/generate", {**body, "input_ids": ids})
+    assert refused.status_code == 400 and "deepprune.preset" in refused.text
+    settled(scripted)
+
+
 # -- what comes back beside the text -------------------------------------------------------------
 
 
