@@ -85,11 +85,11 @@ def test_d2_the_warm_up_is_not_a_sibling(scripted: Server):
 
 
 def wait_for_groups(server: Server, count: int) -> None:
-    """Until so many groups live."""
+    """Until that many groups live."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         state = server.get("/server_info")["internal_states"][0]["deepprune"]
-        if state["live_groups"] == count:
+        if state["live_groups"] >= count:
             return
         time.sleep(0.02)
     raise AssertionError(f"{state['live_groups']} groups live, not {count}")
@@ -284,7 +284,7 @@ def test_an_abort_that_decides_a_group_leaves_the_queue_walk_alone(scripted: Ser
     with ThreadPoolExecutor(2) as pool:
         job = pool.submit(scripted.post, "/generate", body)
         other = pool.submit(scripted.post, "/generate", {**body, "rid": "walk2"})
-        wait_for_groups(scripted, 2)
+        wait_for_groups(scripted, 2 if how == "all" else 1)
         said = {"abort_all": True} if how == "all" else {"rid": "walk"}
         requests.post(f"{scripted.url}/abort_request", json=said, timeout=30)
         for reply in (job.result(), other.result()):

@@ -14,7 +14,7 @@ import pytest
 from tests.engine import scenario
 from tests.engine.server import CPU_FLAGS, Server, cpu_env
 from tests.engine.test_groups import PAPER, PRUNE, states
-from tests.engine.versions import dllm
+from tests.engine.versions import before, dllm
 
 PARSE = """
 import json, sys
@@ -109,6 +109,14 @@ def said(tiny: Path) -> dict[str, list[str]]:
     return dict(zip(both, lines, strict=True))
 
 
+def ours_of(said: dict[str, list[str]], mode: str) -> list[str]:
+    """What we say; older SGLangs refuse some modes on a CPU by an error of their own, before us."""
+    raised = [line for line in said[mode] if line.startswith("raised ")]
+    if raised and before("0.5.19"):
+        pytest.skip(f"SGLang itself: {raised[0]}")
+    return said[mode]
+
+
 def is_refusal(lines: list[str], sentence: str) -> bool:
     errors = [line for line in lines if line.startswith("error: ")]
     return "exit 2" in lines and len(errors) == 1 and sentence in errors[0]
@@ -118,7 +126,8 @@ def is_refusal(lines: list[str], sentence: str) -> bool:
     "mode", [pytest.param(one, marks=dllm if one == "dllm" else ()) for one in REFUSED]
 )
 def test_what_is_not_proven_is_refused_with_one_sentence(said: dict[str, list[str]], mode: str):
-    assert is_refusal(said[mode], REFUSED[mode][1]), said[mode]
+    lines = ours_of(said, mode)
+    assert is_refusal(lines, REFUSED[mode][1]), lines
 
 
 def test_the_rust_front_end_is_refused_with_one_sentence(tiny: Path):
@@ -128,7 +137,7 @@ def test_the_rust_front_end_is_refused_with_one_sentence(tiny: Path):
 
 @pytest.mark.parametrize("mode", list(NEVER_RUN))
 def test_what_was_never_run_is_named_once_at_start(said: dict[str, list[str]], mode: str):
-    lines, named = said[mode], NEVER_RUN[mode][1]
+    lines, named = ours_of(said, mode), NEVER_RUN[mode][1]
     assert any(line.startswith("ok True") for line in lines), lines[-3:]
     found = [line for line in lines if "deepprune has not been run with" in line]
     assert len(found) == bool(named)
