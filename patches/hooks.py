@@ -220,15 +220,23 @@ def process_batch_result_decode(
         return _timed(original, self, batch, result, ours)
     if ours.is_idle:
         return original(self, batch, result)
+    _before_decode(ours, batch, result)
+    returned = original(self, batch, result)
+    _after_decode(ours, batch)
+    return returned
+
+
+def _before_decode(ours: Engine, batch: Any, result: Any) -> None:
     ours.guard(ours.before_result, batch, result)
     if ours.doomed:
         ours.guard(ours.weigh_doomed, batch)
-    returned = original(self, batch, result)
+
+
+def _after_decode(ours: Engine, batch: Any) -> None:
     ours.guard(ours.after_result, batch)
     if ours.probes.running:
         ours.probes.guard(ours.probes.after_result)
     ours.rows.decoded(len(batch.reqs))
-    return returned
 
 
 def update_running_batch(original: Callable[..., Any], self: Any, batch: Any) -> Any:
@@ -247,19 +255,14 @@ def _timed(original: Callable[..., Any], self: Any, batch: Any, result: Any, our
     global _last_end
     start = time.perf_counter_ns()
     if not ours.is_idle:
-        ours.guard(ours.before_result, batch, result)
-        if ours.doomed:
-            ours.guard(ours.weigh_doomed, batch)
+        _before_decode(ours, batch, result)
     middle = time.perf_counter_ns()
     ours.steps.begin()
     returned = original(self, batch, result)
     ours.steps.end()
     resumed = time.perf_counter_ns()
     if not ours.is_idle:
-        ours.guard(ours.after_result, batch)
-        if ours.probes.running:
-            ours.probes.guard(ours.probes.after_result)
-        ours.rows.decoded(len(batch.reqs))
+        _after_decode(ours, batch)
     end = time.perf_counter_ns()
     if _last_end:
         ours.steps.spent(middle - start + end - resumed, end - _last_end, len(batch.reqs))

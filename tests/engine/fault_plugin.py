@@ -7,6 +7,7 @@ changed; each retirement is counted by the state that its client is told.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -112,6 +113,7 @@ def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
         "protected": int(tree.protected_size()),
         "rows": int(scheduler.req_to_token_pool.available_size()),
         "slots": int(scheduler.max_total_num_tokens),
+        "python_blocks": sys.getallocatedblocks(),
     }
     if ours is None:
         return None

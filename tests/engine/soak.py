@@ -8,6 +8,8 @@ aborts, disconnects, members that join by name, bystanders, judges that fail; al
 than rows. Every few seconds: resident memory, file descriptors and threads of each process, and how
 full our tables are. The first third is warm-up: caches fill, heaps settle. Flat is, for the rest:
  - memory: a straight line through it grows by no more than MEMORY_SHARE of its mean, or MEMORY_MIB;
+ - Python's own heap in the scheduler, in blocks: by no more than BLOCKS_SHARE. What resident memory
+   grows by beyond that lies in the C heap, which torch's and the wire's buffers fragment;
  - descriptors, threads and tables: the median of the last half is at most that of the first one,
    plus what one client or one restart of a judge needs (SLACK);
 and at the end, with nobody there, all tables are empty.
@@ -37,6 +39,7 @@ from tests.engine.faults import FLAGS, PLAIN_FLAGS, Harness, prepare
 MIB = 1 << 20
 WARM_UP = 1 / 3  # of the run
 MEMORY_SHARE, MEMORY_MIB = 0.02, 8.0
+BLOCKS_SHARE = 0.005
 SLACK = {"fds": 8, "threads": 4, "entries": 40}
 MEASURES = ("rss_mib", "fds", "threads")
 # More clients than rows: the waiting room and the queue are never empty for long.
@@ -135,6 +138,8 @@ def verdict(samples: Sequence[Row]) -> list[Row]:
         for measure in MEASURES:
             values = [one["processes"].get(role, {}).get(measure, 0.0) for one in after]
             rows.append(_row(role, measure, times, values, middle))
+    blocks = [float(one["python_blocks"]) for one in after]
+    rows.append(_row("scheduler", "python_blocks", times, blocks, middle))
     for name in dict.fromkeys(name for one in after for name in one["tables"]):
         values = [float(one["tables"].get(name, 0)) for one in after]
         rows.append(_row("tables", name, times, values, middle))
@@ -149,6 +154,8 @@ def _row(
     if measure == "rss_mib":
         most = max(MEMORY_MIB, MEMORY_SHARE * statistics.fmean(values))
         is_flat = rise <= most
+    elif measure == "python_blocks":
+        is_flat = rise <= BLOCKS_SHARE * statistics.fmean(values)
     else:
         is_flat = late <= early + SLACK.get(measure, SLACK["entries"])
     return {
@@ -177,6 +184,7 @@ def soak(
                     samples.append({
                         "seconds": round(spent, 1), "requests": load.num_asked,
                         "processes": sample(harness.server.process.pid),
+                        "python_blocks": state["python_blocks"],
                         "tables": {**state["tables"],
                                    **{name: state[name] for name in _OPEN if name in state}},
                     })  # fmt: skip
