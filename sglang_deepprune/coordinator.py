@@ -336,13 +336,13 @@ class Coordinator:
     def poll(self) -> list[Command]:
         """Leader only: what judge, fence and clock have to say by now. Never blocks."""
         commands, self._failed = self._failed, []
-        if self.judge is not None:
-            commands += self.judge.poll()
         if self.fence is not None and self._asked:
             for ticket, is_same in self.fence.poll():
                 asked = self._asked.pop(ticket, None)
                 if asked is not None:
                     commands.append(asked.answered(is_same))
+        if self.judge is not None:
+            commands += self.judge.poll()
         now = self.clock()
         for group_id, run in self.runs.items():
             epoch = run.group.epoch

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sglang_deepprune.answers.canonical import canonical
 from sglang_deepprune.answers.compare import compare
@@ -115,9 +115,9 @@ class Fence:
         elif self._child.elapsed_s > (self.limit_s if self._child.is_ready else self.load_limit_s):
             self.num_timeouts += 1
             self._log_once(f"no answer within {self.limit_s:g} s")
-            # Relaunched at once: the next question should not wait for the loading.
-            self._child.launch()
             self._settle(question, None)
+            # Relaunched at once: the next question should not wait for the loading.
+            self._launched(self._child.launch)
 
     def _send(self, question: tuple[int, str, str]) -> None:
         key = _key(question)
@@ -126,9 +126,20 @@ class Fence:
             self._answered.append((question[0], self._decided[key]))
         elif self._num_failed_loads >= 3:
             self._answered.append((question[0], None))
-        else:
+        elif self._launched(lambda: self._child.start(question[1:])):
             self._in_flight = question
-            self._child.start(question[1:])
+        else:
+            self._answered.append((question[0], None))
+
+    def _launched(self, step: Callable[[], None]) -> bool:
+        """Whether the process could be started: a machine may be out of memory, or of processes."""
+        try:
+            step()
+        except OSError as error:
+            self._child.kill()
+            self._log_once(f"{type(error).__name__}: its process does not start")
+            return False
+        return True
 
     def _settle(self, question: tuple[int, str, str], verdict: bool | None) -> None:
         self._in_flight = None

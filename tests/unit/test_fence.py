@@ -147,6 +147,29 @@ def test_child_that_cannot_load_is_given_up(fake: Fence) -> None:
         fence.close()
 
 
+def test_a_machine_without_room_for_a_process_costs_a_comparison_and_no_more(
+    fake: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the poll nor the questions that come once there is room again."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise BlockingIOError("no process left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sglang_deepprune.child.subprocess.Popen", full)
+        fake.ask(SAME, flipped(SAME))
+        assert fake.poll() == [(0, None)]
+    fake.ask("s+2", "2+s")
+    assert drain(fake) == [(1, True)]
+    fake.ask(HANGS, flipped(HANGS))
+    time.sleep(0.4)
+    with monkeypatch.context() as patched:
+        patched.setattr("sglang_deepprune.child.subprocess.Popen", full)
+        assert fake.poll() == [(2, None)]
+    fake.ask("s+3", "3+s")
+    assert drain(fake) == [(3, True)]
+
+
 def test_memory_of_decided_pairs_is_bounded(fake: Fence) -> None:
     fake.max_decided = 2
     for digit in range(2, 6):
