@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sglang_deepprune.clustering import JudgeError, Placed, checked, placing
 from sglang_deepprune.types import JudgeResult, JudgeTask, Pair
 
 MAX_CHUNK_TOKENS = 65_536  # of the pairs that groups side by side may ask about
+CALL_PAIRS = 64  # of one call: what a process does between two looks at the clock
 _PATIENCE = 1.8  # times the budget, half the deadline: who still asks then has no verdict
 _KEPT_RATE = 0.5  # of the old rate, when a chunk has told a new one
 
@@ -46,6 +47,8 @@ class Batcher:
         self.judge = judge
         self.budget_s = budget_s
         self.is_mixing = bool(getattr(judge, "mixes_groups", False))
+        self._stop_s = math.inf  # when the batch at hand must be answered
+        self._longest_s = 0.0  # of its calls
         self._rate = 0.0  # tokens a second, as `expected_tokens` counts them; 0: not known yet
 
     def __call__(self, tasks: Sequence[JudgeTask], ended: Sequence[str] = ()) -> list[JudgeResult]:
@@ -57,14 +60,17 @@ class Batcher:
         if ended and hasattr(self.judge, "forget"):
             self.judge.forget(ended)
         begin = time.monotonic()
-        end, stop = begin + self.budget_s, begin + _PATIENCE * self.budget_s
+        end, self._stop_s = begin + self.budget_s, begin + _PATIENCE * self.budget_s
+        self._longest_s = 0.0
+        if hasattr(self.judge, "until"):
+            self.judge.until = self._stop_s
         results: list[JudgeResult] = []
         while len(results) < len(tasks):
             left_s = end - time.monotonic()
             if results and left_s <= 0:
                 break
             chunk = self._chunk(tasks[len(results) :], left_s)
-            results += self._answer(chunk, stop)
+            results += self._answer(chunk)
         return results
 
     def _chunk(self, tasks: Sequence[JudgeTask], left_s: float) -> Sequence[JudgeTask]:
@@ -77,19 +83,20 @@ class Batcher:
             count, used = count + 1, used + more
         return tasks[:count]
 
-    def _answer(self, tasks: Sequence[JudgeTask], stop_s: float) -> list[JudgeResult]:
+    def _answer(self, tasks: Sequence[JudgeTask]) -> list[JudgeResult]:
         start = time.monotonic()
         runs = [_Run(task) for task in tasks]
         for run in runs:
             run.begin()
         while asking := [run for run in runs if run.asked]:
-            if time.monotonic() > stop_s:
+            try:
+                self._round(asking)
+            except _OutOfTime:
                 # A client chooses how much is compared: it must not cost the process, which ends
                 # at the deadline, nor after a few of these everybody the judge.
                 for run in asking:
                     run.give_up()
                 break
-            self._round(asking)
         spent_s = time.monotonic() - start
         if any(run.num_asked for run in runs) and spent_s > 0:
             rate = sum(map(expected_tokens, tasks)) / spent_s
@@ -99,20 +106,38 @@ class Batcher:
     def _round(self, runs: Sequence[_Run]) -> None:
         """One call for what all of them ask; where that fails, one call each."""
         if len(runs) == 1:
-            runs[0].ask(self.judge)
+            runs[0].ask(self._scored)
             return
         start = time.monotonic()
         asked = [pair for run in runs for pair in run.asked]
         try:
-            scores = checked(self.judge.score(asked), len(asked))
+            scores = self._scored(asked)
+        except _OutOfTime:
+            raise
         except Exception:  # whoever's fault it is, it stays with one group
             for run in runs:
-                run.ask(self.judge)
+                run.ask(self._scored)
             return
         share_s = (time.monotonic() - start) / len(asked)
         for run in runs:
             own, scores = scores[: len(run.asked)], scores[len(run.asked) :]
             run.learn(own, share_s * len(own))
+
+    def _scored(self, pairs: Sequence[Pair]) -> list[float]:
+        """[num_pairs] the judge's scores, in calls of CALL_PAIRS; none is begun that would not end
+        in time, if it takes as long as the longest one of this batch. Raises `_OutOfTime`."""
+        scores: list[float] = []
+        for place in range(0, len(pairs), CALL_PAIRS):
+            some, start = pairs[place : place + CALL_PAIRS], time.monotonic()
+            if start + self._longest_s > self._stop_s:
+                raise _OutOfTime("more comparisons than its time allows")
+            scores += checked(self.judge.score(some), len(some))
+            self._longest_s = max(self._longest_s, time.monotonic() - start)
+        return scores
+
+
+class _OutOfTime(JudgeError):
+    """The judge works, and too much was asked of it."""
 
 
 @dataclass(slots=True)
@@ -131,11 +156,14 @@ class _Run:
         self.steps = placing(self.task)
         self._go(None)
 
-    def ask(self, judge: Any) -> None:
-        """A call of its own."""
+    def ask(self, scored: Callable[[Sequence[Pair]], list[float]]) -> None:
+        """Calls of its own."""
         start = time.monotonic()
         try:
-            scores = checked(judge.score(self.asked), len(self.asked))
+            scores = scored(self.asked)
+        except _OutOfTime:
+            self.give_up()
+            return
         except Exception as error:
             self.asked, self.error = [], reason(error)
             self.spent_s += time.monotonic() - start

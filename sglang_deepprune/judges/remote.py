@@ -182,6 +182,7 @@ class RemoteJudge:
         url, _, self._tokenizer = target.partition(",")
         self._http = Http(url, retries, backoff_s)
         self.budget_s = budget_s
+        self.until = math.inf  # when whoever asks stops waiting, on the monotonic clock
         self.circuit = circuit or Circuit()
         self._prompts: PromptWriter | None = None
         self._pool = ThreadPoolExecutor(_AT_ONCE)
@@ -211,7 +212,7 @@ class RemoteJudge:
     def _score(self, pairs: Sequence[Pair]) -> np.ndarray:
         if self.circuit.is_open:
             raise JudgeError("the judge's server has failed several times; it has a pause")
-        self._http.until = time.monotonic() + self.budget_s
+        self._http.until = min(time.monotonic() + self.budget_s, self.until)
         try:
             scores = self._score_prompts(self.prompts.write(pairs))
         except Exception:  # whatever it was: the next call would most likely meet it too

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sglang_deepprune.batcher import Batcher, expected_tokens
-from sglang_deepprune.clustering import place
+from sglang_deepprune.clustering import JudgeError, place
 from sglang_deepprune.types import JudgeTask, Pair, Trace
 
 
@@ -109,6 +109,32 @@ def test_a_task_that_asks_for_more_than_its_time_has_no_verdict_and_the_judge_li
     assert long[0].error is not None and "more comparisons" in long[0].error
     assert long[0].elapsed_ms < 1000 and long[0].assignments == ()
     assert short[0].error is None
+
+
+def test_a_call_that_would_not_end_in_time_is_not_begun():
+    """The process ends at its deadline, here .5 s; a few such windows ended everybody's judge."""
+    batcher = Batcher(Judge(pause_s=0.14), budget_s=0.25)
+    start = time.monotonic()
+    (slow,) = batcher([task("slow", 12)])
+    assert slow.error is not None and "more comparisons" in slow.error
+    assert time.monotonic() - start < 0.5
+
+
+def test_a_round_of_many_pairs_is_cut_into_calls():
+    judge = Judge(pause_s=0.05)
+    batcher = Batcher(judge, budget_s=0.2)
+    batcher._stop_s = time.monotonic() + 0.12
+    pairs = [Pair(Trace(i, "a", 1, "end"), Trace(i + 1, "b", 1, "end")) for i in range(300)]
+    with pytest.raises(JudgeError, match="more comparisons"):
+        batcher._scored(pairs)
+    assert [len(call) for call in judge.calls] == [64, 64]
+
+
+def test_the_judge_knows_when_it_must_be_done():
+    judge = Judge()
+    judge.until = 0.0  # type: ignore[attr-defined]
+    Batcher(judge, budget_s=5.0)([task("a")])
+    assert 8.5 < judge.until - time.monotonic() <= 9.0  # type: ignore[attr-defined]
 
 
 def test_side_by_side_are_no_more_than_the_judge_can_read_in_the_time_left():
