@@ -10,9 +10,11 @@ last checkpoint.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +145,26 @@ def train(
         recipe, prompts.label_ids, model=model, args=_arguments(output, recipe),
         train_dataset=rows, data_collator=collate,
     )  # fmt: skip
-    work = output / "checkpoints"
-    last = get_last_checkpoint(str(work)) if work.is_dir() else None
+    work, run_file = output / "checkpoints", output / "checkpoints" / "run.json"
+    told = _fingerprint(rows, base, recipe)
+    is_same = run_file.is_file() and run_file.read_text() == told
+    if not is_same:
+        shutil.rmtree(work, ignore_errors=True)  # of other data or another recipe
+    work.mkdir(parents=True, exist_ok=True)
+    run_file.write_text(told)
+    last = get_last_checkpoint(str(work))
     result = trainer.train(resume_from_checkpoint=last)
     model = model.merge_and_unload() if recipe.lora else model
     _save(output, model, tokenizer, settings, recipe)
+    shutil.rmtree(work)  # a finished run is not resumed, it is run again
     return {"examples": len(rows), "loss": result.training_loss, "steps": result.global_step}
+
+
+def _fingerprint(rows: Sequence[Mapping[str, Any]], base: str, recipe: Recipe) -> str:
+    """What a checkpoint must have in common with a run that goes on from it."""
+    data = hashlib.sha256(repr(list(rows)).encode()).hexdigest()
+    body = {name: getattr(recipe, name) for name in Recipe.__slots__}
+    return json.dumps({"base": base, "examples": data, **body})
 
 
 def _with_lora(model: Any, recipe: Recipe) -> Any:

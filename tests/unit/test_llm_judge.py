@@ -101,6 +101,9 @@ def test_the_command_trains_with_lora_and_goes_on_where_it_was_stopped(
     assert "GiB" in capsys.readouterr().out
     judge = load_judge(f"llm:{tmp_path / 'out'}")
     assert judge.score(lm_judge.pairs(1)[0]).shape == (28,)
+    assert not (tmp_path / "out" / "checkpoints").exists(), "a finished run is not resumed"
+    assert main([*arguments, "--seed", "5"]) == 0
+    assert ", 0 steps" not in capsys.readouterr().out
     assert main([*arguments, "--alpha", "2"]) == 2
     assert "--alpha" in capsys.readouterr().err
 
