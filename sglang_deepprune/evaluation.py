@@ -381,7 +381,8 @@ def main(argv: list[str]) -> int:
     if args.card:
         data = {**training.describe(args.traces, questions, args.seed), "folds": args.folds}
         taus = {row["cut"]: row["tau"] for row in rows if row["tau"] is not None}
-        cards.save(cards.Card(name, data, rows, taus, may_prune, reason), args.card)
+        judge = _short(args.judge[0])  # as a server knows it; the folds are among the data
+        cards.save(cards.Card(judge, data, rows, taus, may_prune, reason), args.card)
     return 0
 
 

@@ -12,6 +12,8 @@ from sklearn.metrics import roc_auc_score
 
 from sglang_deepprune import card, evaluation, vote_study
 from sglang_deepprune.cli import main
+from sglang_deepprune.config import DeepPruneConfig
+from sglang_deepprune.judges.permission import with_card
 from sglang_deepprune.types import Trace
 from tests.unit import recordings
 
@@ -115,6 +117,17 @@ def test_a_perfect_judge_and_its_card(tmp_path: Path, file: Path, capsys: Any):
     assert saved.may_prune
     assert saved.taus == {"share:0.75": row["tau"]}
     assert (saved.data["questions"], saved.data["traces"]) == (6, 36)
+
+
+def test_a_card_of_a_judge_fitted_in_folds_is_one_that_a_server_takes(
+    file: Path, tmp_path: Path, capsys: Any
+):
+    own = tmp_path / "judge.card.json"
+    argv = ["--judge", "belief", "--folds", "3", "--traces", str(file), "--cut", "share:0.75"]
+    assert run(capsys, *argv, "--card", str(own))[0] == 0
+    assert card.load(own).data["folds"] == 3
+    for judge in ("belief", "belief:judge.json"):
+        with_card(DeepPruneConfig(enable=True, judge=judge, judge_card=str(own)))
 
 
 def test_a_judge_without_knowledge_may_not_prune(file: Path, tmp_path: Path, capsys: Any):
