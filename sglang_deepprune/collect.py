@@ -8,12 +8,14 @@ it stopped: what the output file already holds is not asked again. The file is t
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -103,7 +105,7 @@ class Source:
                 if error.code not in _AGAIN or not left:
                     detail = error.read(500).decode(errors="replace")
                     raise CollectError(f"{path}: HTTP {error.code}: {detail}") from error
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 if not left:
                     raise CollectError(f"{path}: {error}") from error
             time.sleep(0.5 * 2 ** (_RETRIES - 1 - left))
@@ -135,7 +137,8 @@ def load_questions(path: str) -> list[Asked]:
     """JSONL of question_id, prompt and, if known, gold. Raises `CollectError`."""
     found = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: a text may hold line separators of its own, as U+2028.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CollectError(f"{Path(path).name}: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -154,6 +157,9 @@ def load_questions(path: str) -> list[Asked]:
             raise CollectError(f"{Path(path).name}, line {number}: {error!r}") from error
     if not found:
         raise CollectError(f"{Path(path).name} holds no question")
+    twice = [name for name, count in Counter(one.question_id for one in found).items() if count > 1]
+    if twice:
+        raise CollectError(f"{Path(path).name}: two questions are called {twice[0]!r}")
     return found
 
 
@@ -172,7 +178,7 @@ def already_there(path: Path) -> set[tuple[str, int]]:
     if not path.is_file():
         return set()
     done, whole = set(), []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
             done.add((row["question_id"], row["seed"]))
@@ -180,7 +186,7 @@ def already_there(path: Path) -> set[tuple[str, int]]:
         except (ValueError, KeyError, TypeError):
             continue
     partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+    partial.write_bytes(b"".join(line + b"\n" for line in whole))
     partial.replace(path)
     return done
 

@@ -96,7 +96,7 @@ def _body(document: Any) -> Any:
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """What lines of a dump can hold JSON: `data: {...}`, or JSON lines."""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
         if line.startswith(_EVENT_FIELDS) and not line.startswith("data:"):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 from collections.abc import Iterator
@@ -85,6 +86,42 @@ def test_rows_are_a_recording_and_a_second_run_goes_on(
     assert row["logprobs"] == [-0.5]
     assert row["num_tokens"] == 9
     assert row["text"].startswith("<think>\nhm\n</think>" if endpoint == "chat" else "so x")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b"])
+def test_a_texts_own_line_separators_are_no_ends_of_a_row(tmp_path: Path, mark: str):
+    output = tmp_path / "out.jsonl"
+    rows = [{"question_id": "q", "seed": seed, "text": f"so{mark}7 é"} for seed in (0, 1)]
+    whole = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    for cut in range(len(whole) - 20, len(whole) + 1):  # killed in the middle of the last row
+        output.write_bytes(whole[:cut])
+        kept = 2 if cut >= len(whole) - 1 else 1
+        assert collect.already_there(output) == {("q", seed) for seed in range(kept)}
+        assert output.read_bytes().count(b"\n") == kept
+
+
+def test_a_server_that_dies_in_its_reply_is_asked_again(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    tries = []
+
+    def broken(*_: Any, **__: Any) -> Any:
+        tries.append(1)
+        raise http.client.IncompleteRead(b"{")
+
+    monkeypatch.setattr("urllib.request.urlopen", broken)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    argv = ["collect", "--reasoner", "1", "--url", "http://x", "--model", "m", "--n", "1"]
+    assert main([*argv, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert "IncompleteRead" in capsys.readouterr().err
+    assert len(tries) > 1
+
+
+def test_two_questions_of_one_name_are_refused(tmp_path: Path):
+    path = tmp_path / "twice.jsonl"
+    path.write_text('{"question_id": 1, "prompt": "a"}\n{"question_id": "1", "prompt": "b"}\n')
+    with pytest.raises(collect.CollectError, match="two questions are called '1'"):
+        collect.load_questions(str(path))
 
 
 def test_a_busy_server_is_asked_again(fake: Fake, questions: str, tmp_path: Path):
