@@ -25,6 +25,7 @@ _DELTAS = frozenset({
     "output_token_sampling_mask", "output_token_sampling_logprobs",
 })  # fmt: skip
 _TEXTS = ("text", "output_ids")  # what a streamed choice holds of its output
+REPLAYS = "_deepprune_replays"  # on it too: choices that were held back come in their own chunks
 RECORDS = "_deepprune_records"  # attribute of the request object that OpenAI handlers share
 
 
@@ -46,6 +47,7 @@ class Reply:
 
     def __init__(self, num_siblings: int, asks: list[wire.Ask], *, is_incremental: bool = False):
         self.num_siblings = num_siblings
+        self.chunks: dict[int, list[Any]] = {}  # choice -> its chunks, where they are replayed
         self.is_incremental = is_incremental  # chunks are deltas, not the text so far
         self.asks = asks
         self.records: dict[int, dict[str, Any]] = {}  # prompt -> group record
@@ -80,7 +82,7 @@ class Reply:
                 self._publish(obj)
             yield response
             return
-        self._buffer(response)
+        self._buffer(response, is_replayed=bool(getattr(obj, REPLAYS, False)))
         if is_last:
             first = prompt * self.num_siblings
             block = [self._joined(first + index) for index in range(self.num_siblings)]
@@ -89,10 +91,13 @@ class Reply:
             spent = sum(_tokens(one) for one in block) - sum(_tokens(one) for one in kept)
             kept[0]["meta_info"]["completion_tokens"] = _tokens(kept[0]) + spent
             # Numbered as in a whole reply; SGLang also counts the prompt with the first index.
-            for place, one in enumerate(kept):
-                one["index"] = first + place
             self._publish(obj)
-            yield from kept
+            for place, one in enumerate(kept):
+                chunks = self.chunks.get(one["index"], [])
+                one["index"] = first + place
+                yield from self._replayed(one, chunks)
+                yield _with_own(one, chunks[-1]) if chunks and self.is_incremental else one
+            self.chunks.clear()
 
     def _note(self, prompt: int, response: dict[str, Any]) -> None:
         ours = response["meta_info"].get(wire.KEY)
@@ -140,9 +145,29 @@ class Reply:
     def _publish(self, obj: Any) -> None:
         setattr(obj, RECORDS, [self.records[prompt] for prompt in sorted(self.records)])
 
-    def _buffer(self, response: dict[str, Any]) -> None:
+    def _replayed(self, one: dict[str, Any], chunks: list[Any]) -> Iterator[dict[str, Any]]:
+        """A choice's chunks before its last one. SGLang's tool-call parsers take one step a chunk:
+        of a call that comes in one piece they would tell the name alone."""
+        for chunk in chunks[:-1]:
+            if self.is_incremental:
+                yield {**chunk, "index": one["index"]}
+                continue
+            length, tokens = chunk
+            meta = {**one["meta_info"], "finish_reason": None, "completion_tokens": tokens}
+            meta.pop(wire.KEY, None)
+            meta |= {name: meta[name][:tokens] for name in _DELTAS if meta.get(name)}
+            if "output_token_logprobs_length" in meta:
+                meta["output_token_logprobs_length"] = tokens
+            yield {**one, "text": one["text"][:length], "meta_info": meta}
+
+    def _buffer(self, response: dict[str, Any], is_replayed: bool) -> None:
         """Keep a choice's newest output, and each of its deltas (incremental streaming)."""
         self.buffers[response["index"]] = response
+        if is_replayed:
+            own = {**response, "meta_info": dict(response["meta_info"])}
+            size = (len(response.get("text") or ""), _tokens(response))
+            kept = own if self.is_incremental else size
+            self.chunks.setdefault(response["index"], []).append(kept)
         for holder, name in _held(response) if self.is_incremental else ():
             if holder.get(name) is not None:
                 self.pieces.setdefault((response["index"], name), []).append(holder[name])
@@ -156,6 +181,13 @@ class Reply:
                 is_text = isinstance(parts[0], str)
                 holder[name] = "".join(parts) if is_text else list(chain.from_iterable(parts))
         return response
+
+
+def _with_own(one: dict[str, Any], chunk: dict[str, Any]) -> dict[str, Any]:
+    """A choice's end with no more of its output than its last chunk brought."""
+    ours, last = one["meta_info"], chunk["meta_info"]
+    meta = {**ours, **{name: last[name] for name in _DELTAS if name in last}}
+    return {**one, **{name: chunk[name] for name in _TEXTS if name in chunk}, "meta_info": meta}
 
 
 def _held(response: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
@@ -244,6 +276,8 @@ def chat_stream(
     original: Callable[..., Any], self: Any, adapted_request: Any, request: Any, raw_request: Any
 ) -> Any:
     """AROUND `_generate_chat_stream`."""
+    if getattr(request, "tools", None):
+        setattr(adapted_request, REPLAYS, True)
     lines = original(self, adapted_request, request, raw_request)
     return _with_record(lines, adapted_request, request, "chat.completion.chunk")
 

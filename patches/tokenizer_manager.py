@@ -13,6 +13,7 @@ import copy
 import hashlib
 import inspect
 import json
+import time
 import uuid
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -70,6 +71,7 @@ class Fan:
 
 _FAN: contextvars.ContextVar[Fan | None] = contextvars.ContextVar("deepprune_fan", default=None)
 _RANKS = RankBook()
+_LOOK_S = 1.0  # between two looks whether a client is still there
 _BY_STEM: dict[str, Fan] = {}  # the user's rid of an n>1 request -> its fan
 
 
@@ -136,13 +138,20 @@ async def _serve(
     is_incremental = bool(getattr(self.server_args, "incremental_streaming_output", False))
     shape = output.Reply(fan.num_siblings, fan.asks, is_incremental=is_incremental)
     responses = original(self, obj, request, *rest)
+    looked_s = time.monotonic()
     try:
         async for response in responses:
             if isinstance(response, list):
                 yield shape.whole(response, obj)
-            else:
-                for piece in shape.piece(response, obj):
-                    yield piece
+                continue
+            for piece in shape.piece(response, obj):
+                yield piece
+            # While choices are held back the OpenAI endpoints have not begun to answer: nobody
+            # else would see that the client has left.
+            if shape.buffers and request is not None and time.monotonic() - looked_s > _LOOK_S:
+                looked_s = time.monotonic()
+                if await request.is_disconnected():
+                    raise ValueError("The client has left; its group is aborted.")
     finally:
         # A later n=1 call in the same task must not be taken for a sibling.
         fan.is_done = True

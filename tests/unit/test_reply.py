@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -142,6 +143,52 @@ def test_deltas_are_joined_in_order_once_the_vote_is_known():
     assert one["text"] == "".join(f"0:{place} " for place in range(200))
     assert one["output_ids"] == [x for place in range(200) for x in (0, place)]
     assert not shape.buffers and not shape.pieces
+
+
+CALLS = (
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "clock", "arguments": {"city": "Oslo"}}\n</tool_call>'
+)
+
+
+@pytest.mark.parametrize("is_incremental", [False, True])
+def test_a_stream_with_tools_replays_the_chunks_of_what_it_held_back(is_incremental: bool):
+    """SGLang's parsers take one step a chunk: they would lose the arguments of a call in one."""
+    shape = output.Reply(2, [ask("vote")], is_incremental=is_incremental)
+    obj, parts = SimpleNamespace(), [CALLS[i : i + 4] for i in range(0, len(CALLS), 4)]
+    setattr(obj, output.REPLAYS, True)
+    sent: list[dict[str, Any]] = []
+    for place, part in enumerate(parts):
+        for index in (0, 1):
+            is_last = place == len(parts) - 1
+            record = group(["finished"] * 2, winner=1) if is_last and index else None
+            chunk = reply(index, record, end=is_last)
+            chunk["text"] = part if is_incremental else "".join(parts[: place + 1])
+            chunk["meta_info"]["completion_tokens"] = place + 1
+            logprobs = [[place]] if is_incremental else [[i] for i in range(place + 1)]
+            chunk["meta_info"]["output_token_logprobs"] = logprobs
+            sent += shape.piece(chunk, obj)
+    assert len(sent) == len(parts) and {one["index"] for one in sent} == {0}
+    ends = [one["meta_info"]["finish_reason"] is not None for one in sent]
+    assert ends == [False] * (len(parts) - 1) + [True]
+    counts = [one["meta_info"]["completion_tokens"] for one in sent]
+    assert counts == [*range(1, len(parts)), 2 * len(parts)]  # the end counts the dropped one too
+    lengths = [len(one["meta_info"]["output_token_logprobs"]) for one in sent]
+    assert lengths == [1 if is_incremental else place + 1 for place in range(len(parts))]
+    openai = importlib.import_module("sglang.srt.entrypoints.openai.protocol")
+    calls = importlib.import_module("sglang.srt.function_call.function_call_parser")
+    tools = [openai.Tool(function=openai.Function(name=name)) for name in ("weather", "clock")]
+    parser = calls.FunctionCallParser(tools, "qwen25")
+    told: dict[int, str] = {}
+    offset = 0
+    for one in sent:
+        delta = one["text"] if is_incremental else one["text"][offset:]
+        offset = len(one["text"])
+        for call in parser.parse_stream_chunk(delta)[1]:
+            told[call.tool_index] = told.get(call.tool_index, "") + (call.name or "")
+            told[call.tool_index] += call.parameters
+    assert told == {0: 'weather{"city": "Rome"}', 1: 'clock{"city": "Oslo"}'}
+    assert not shape.chunks
 
 
 def test_a_vote_without_a_winner_returns_a_finished_choice():

@@ -191,6 +191,38 @@ def test_a_group_that_is_aborted_before_its_siblings_are_sent_is_aborted(is_asyn
     assert sent == ["warm-up", "s0", "s1"] and aborted == ["s0", "s1"]
 
 
+def test_a_client_that_leaves_while_its_choices_are_held_back_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The OpenAI endpoints begin to answer with the first chunk, and here that is the last."""
+    monkeypatch.setattr(tokenizer_manager, "_LOOK_S", 0.0)
+    aborted: list[str] = []
+    self = manager()
+    self.rid_to_state, self.abort_request = {"s0": None}, aborted.append
+    looks: list[int] = []
+
+    async def is_disconnected() -> bool:
+        looks.append(1)
+        return len(looks) > 2
+
+    async def original(self: Any, obj: Any, request: Any) -> Any:
+        for place in range(10):
+            yield {"index": 0, "text": "x" * place, "meta_info": {"finish_reason": None}}
+
+    async def read() -> list[Any]:
+        asked = request({"n": 2, "custom_params": {"deepprune": {"return": "vote"}}})
+        fan = tokenizer_manager._fan_of(self, asked)
+        assert fan is not None
+        fan.rids = [(0, "s0")]
+        client = SimpleNamespace(is_disconnected=is_disconnected)
+        return [one async for one in tokenizer_manager._serve(
+            original, self, asked, client, (), fan)]  # fmt: skip
+
+    with pytest.raises(ValueError, match="client has left"):
+        asyncio.run(read())
+    assert aborted == ["s0"] and len(looks) == 3
+
+
 @pytest.mark.parametrize("flag", ["smg_grpc_mode", "grpc_mode"])
 def test_a_front_end_that_fans_out_by_itself_is_refused(flag: str):
     with pytest.raises(seams.SeamError, match="--smg-grpc-mode: its servicer fans n>1 out itself"):
