@@ -251,6 +251,11 @@ def build_response(
             usage.prompt_tokens = sum(one["meta_info"].get("prompt_tokens", 0) for one in firsts)
             usage.completion_tokens = sum(record["generated_tokens"] for record in records)
             usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+            details = getattr(usage, "prompt_tokens_details", None)
+            if details is not None:
+                details.cached_tokens = sum(
+                    one["meta_info"].get("cached_tokens", 0) for one in firsts
+                )
     return response
 
 

@@ -6,6 +6,7 @@ min_new_tokens need tokens that are really sampled).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -13,6 +14,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import requests
 
 from sglang_deepprune.reasoner import questions
 from tests.engine import scenario
@@ -312,18 +314,21 @@ def test_a_json_schema_votes_by_its_answer_field(scripted: Server):
     assert votes == said
 
 
-def test_tool_calls_hold_no_answer_and_all_come_back(scripted: Server):
-    needs_page1(scripted)
+def tool_body(n: int, settings: dict[str, Any]) -> dict[str, Any]:
     kinds = {"type": "object", "properties": {"a": {"enum": [3, 4]}}, "required": ["a"]}
     # Without `strict` SGLang's grammar takes any JSON for the arguments, and this model says any.
     parameters = {**kinds, "additionalProperties": False}
     function = {"name": "add", "parameters": parameters, "strict": True}
-    body = body_of(
-        "/v1/chat/completions", "call it", 6, {"deepprune": {"preset": "balanced"}},
+    return body_of(
+        "/v1/chat/completions", "call it", n, {"deepprune": settings},
         tools=[{"type": "function", "function": function}], parallel_tool_calls=False,
         tool_choice={"type": "function", "function": {"name": "add"}},
     )  # fmt: skip
-    reply = scripted.post("/v1/chat/completions", body)
+
+
+def test_tool_calls_hold_no_answer_and_all_come_back(scripted: Server):
+    needs_page1(scripted)
+    reply = scripted.post("/v1/chat/completions", tool_body(6, {"preset": "balanced"}))
     assert reply.status_code == 200, reply.text
     reply = reply.json()
     for choice in reply["choices"]:
@@ -335,6 +340,32 @@ def test_tool_calls_hold_no_answer_and_all_come_back(scripted: Server):
     group = reply["metadata"]["deepprune"]
     assert group["answer"] is None and group["reason"].startswith("open-ended")
     assert {choice["state"] for choice in group["choices"]} == {"finished"}
+
+
+def test_a_streamed_tool_call_that_was_held_back_comes_with_its_arguments(scripted: Server):
+    needs_page1(scripted)
+    told: dict[int, list[str]] = {}
+    for chunk in scripted.stream("/v1/chat/completions", tool_body(4, {"return": "vote"})):
+        for choice in chunk["choices"]:
+            for call in choice["delta"].get("tool_calls") or ():
+                function = call["function"]
+                said = [function.get("name") or "", function.get("arguments") or ""]
+                told.setdefault(choice["index"], []).append("".join(said))
+    (pieces,) = told.values()
+    whole = "".join(pieces)
+    assert whole.startswith("add") and json.loads(whole.removeprefix("add"))["a"] in (3, 4)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_leaves_before_the_vote_takes_its_group_along(scripted: Server, path: str):
+    """Choices are held back until the vote: until then the endpoint has not begun to answer."""
+    settings = {"preset": "latency", "return": "vote"}
+    body = body_of(path, "a stranger", 3, {"deepprune": settings}, ignore_eos=True, stream=True)
+    body["max_tokens"] = 4000
+    with contextlib.suppress(requests.exceptions.ReadTimeout):
+        requests.post(f"{scripted.url}{path}", json=body, timeout=1.5, stream=True)
+    scripted.wait_idle(limit_s=6.0)
+    settled(scripted)
 
 
 # -- lengths and temperature ---------------------------------------------------------------------

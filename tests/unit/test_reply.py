@@ -130,6 +130,24 @@ def test_a_filtered_reply_echoes_each_choices_own_prompt():
     assert [choice.text for choice in response.choices] == ["first text 0", "second one text 2"]
 
 
+def test_usage_beside_a_filter_counts_each_prompt_once():
+    """SGLang takes every n-th output for a prompt's first, which no longer holds."""
+    details = SimpleNamespace(cached_tokens=90)
+    usage = SimpleNamespace(
+        prompt_tokens=100, completion_tokens=10, total_tokens=110, prompt_tokens_details=details
+    )
+    outputs = [reply(index, group(["finished", "pruned"])) for index in (0, 2)]
+    for output_, cached in zip(outputs, (90, 80), strict=True):
+        output_["meta_info"] |= {"prompt_tokens": 100, "cached_tokens": cached}
+        output_["meta_info"]["deepprune"]["group"] |= {"settled": True, "generated_tokens": 10}
+    response = SimpleNamespace(choices=[], metadata=None, usage=usage)
+    output.build_response(
+        lambda *_: response, None, SimpleNamespace(n=2, echo=False), outputs, 0
+    )  # fmt: skip
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (200, 20, 220)
+    assert details.cached_tokens == 170
+
+
 def test_deltas_are_joined_in_order_once_the_vote_is_known():
     shape, obj = output.Reply(2, [ask("survivors")], is_incremental=True), SimpleNamespace()
     sent: list[dict[str, Any]] = []
