@@ -248,7 +248,8 @@ def _votes(cases: Sequence[vote_study.Case], tau: float, seed: int) -> Row:
 def judge_rule(rows: Sequence[Row], num_siblings: int) -> tuple[bool, str]:
     """Whether a judge may prune under `balanced`: where clustering with the decided stop keeps the
     winner at least as often as the decided stop alone at equal tokens, by the lower bound."""
-    best = max(rows, key=lambda row: row["gain_low"])
+    # A cut at which no tau keeps false merges low enough decides nothing.
+    best = max(rows, key=lambda row: (row["tau"] is not None, row["gain_low"]))
     may = best["tau"] is not None and best["gain_low"] >= 0
     verb = "keeps" if may else "is not shown to keep"
     return may, (

@@ -130,6 +130,15 @@ def test_a_card_of_a_judge_fitted_in_folds_is_one_that_a_server_takes(
         with_card(DeepPruneConfig(enable=True, judge=judge, judge_card=str(own)))
 
 
+def test_a_cut_without_a_tau_does_not_hide_one_that_allows():
+    base = {"same_cluster_decided": 1.0, "same_decided_equal_tokens": 0.9}
+    rows = [{**base, "cut": cut, "tau": tau, "gain_low": low}
+            for cut, tau, low in (("words:25", None, 0.05), ("share:0.5", 0.7, 0.04))]  # fmt: skip
+    may_prune, why = evaluation.judge_rule(rows, 16)
+    assert may_prune and "share:0.5" in why
+    assert not evaluation.judge_rule(rows[:1], 16)[0]
+
+
 def test_a_judge_without_knowledge_may_not_prune(file: Path, tmp_path: Path, capsys: Any):
     report = tmp_path / "report.json"
     argv = ["--judge", "similarity", "--traces", str(file), "--json", str(report)]
