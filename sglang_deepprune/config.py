@@ -235,7 +235,9 @@ class DeepPruneConfig:
         "Outside `paper` a judge prunes only where its card allows it.", scope="server",
     )  # fmt: skip
     judge_deadline_ms: int = _setting(
-        10_000, "Milliseconds that a judge has for a batch; no verdict after that, and a restart.",
+        10_000,
+        "Milliseconds that a judge has for a batch: at 0.9 of them what still asks has no verdict; "
+        "a process that is silent beyond them is started anew.",
         scope="server", low=1, high=600_000, kind=int,
     )  # fmt: skip
     group_timeout_s: float = _setting(
@@ -390,7 +392,7 @@ def settings_table() -> str:
     for spec in setting_fields():
         low, high = spec.metadata["low"], spec.metadata["high"]
         choices = spec.metadata["choices"]
-        bounds = ", ".join(choices) if choices else "" if low is None else f"{low:g} to {high:g}"
+        bounds = ", ".join(choices) if choices else "" if low is None else _range(low, high)
         name = f"`{key_of(spec)}`" if spec.metadata["scope"] == "request" else "-"
         default = "by preset" if spec.default is None else f"`{spec.default}`"
         help = spec.metadata["help"].replace("|", "\\|")
@@ -432,7 +434,11 @@ def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
     low, high = spec.metadata["low"], spec.metadata["high"]
     # Before it becomes a float: a whole number may be too large for one.
     if low is not None and not low <= value <= high:
-        raise ConfigError(name, f"expected {low:g} to {high:g}, got {shown(value)}")
+        raise ConfigError(name, f"expected {_range(low, high)}, got {shown(value)}")
     if kind is str and not choices and spec.metadata["scope"] == "request":
         return checked_text(name, value)
     return float(value) if kind is float else value
+
+
+def _range(low: float, high: float) -> str:
+    return " to ".join(f"{one:.0f}" if one >= 1e6 else f"{one:g}" for one in (low, high))
