@@ -26,6 +26,7 @@ from sglang_deepprune.config import ConfigError, DeepPruneConfig, shown
 from sglang_deepprune.patches import output, wire
 from sglang_deepprune.patches.ranks import RankBook, rank_of_name
 from sglang_deepprune.patches.server_args import config_of, token_of
+from sglang_deepprune.reply import is_later
 from sglang_deepprune.types import ABSENT
 
 
@@ -120,8 +121,37 @@ def handle_batch_request(
     """AROUND `_handle_batch_request`: plain requests pass untouched."""
     fan = _fan_of(self, obj)
     if fan is None:
-        return original(self, obj, request, *rest)
+        responses = original(self, obj, request, *rest)
+        return _collected(responses, obj) if _names_groups(self, obj) else responses
     return _serve(original, self, obj, request, rest, fan)
+
+
+def _names_groups(self: Any, obj: Any) -> bool:
+    """A batch of n=1 requests, some of which are members of client-side groups."""
+    if config_of(self.server_args) is None or not isinstance(obj, io_struct.GenerateReqInput):
+        return False
+    params = obj.sampling_params
+    each = params if isinstance(params, list) else [params]
+    return any(wire.is_named((one or {}).get("custom_params")) for one in each)
+
+
+async def _collected(responses: Any, obj: Any) -> AsyncIterator[Any]:
+    """Each of the batch's prompts has a request object of its own; the OpenAI handlers look for
+    the records on the batch's."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        async for response in responses:
+            for one in response if isinstance(response, list) else [response]:
+                record = ((one.get("meta_info") or {}).get(wire.KEY) or {}).get("group")
+                if not record:
+                    continue
+                known = found.get(record["group_id"])
+                if known is None or is_later(record, known):
+                    found[record["group_id"]] = record
+                setattr(obj, output.RECORDS, list(found.values()))
+            yield response
+    finally:
+        await responses.aclose()
 
 
 async def _serve(

@@ -62,7 +62,7 @@ def read(text: str) -> Reply:
             _check(record)
             name = record["group_id"] or f"#{number}"
             # Members of a client-side group each carry it, as of their own end.
-            if name not in groups or _is_later(record, groups[name]):
+            if name not in groups or is_later(record, groups[name]):
                 groups[name] = record
         for index, said, is_delta in _texts(document, is_stream):
             texts[index] = texts.get(index, "") + said if is_delta else said
@@ -173,7 +173,7 @@ def _num_choice_records(document: Any) -> int:
     return int(isinstance(document, dict) and _choice(document) is not None)
 
 
-def _is_later(record: dict[str, Any], known: dict[str, Any]) -> bool:
+def is_later(record: dict[str, Any], known: dict[str, Any]) -> bool:
     """Of one group's records the settled one, else that with the most tokens."""
     later = (record["settled"], record["generated_tokens"])
     return later >= (known["settled"], known["generated_tokens"])

@@ -136,6 +136,15 @@ def test_a_batch_of_prompts_as_token_ids_may_name_one_group(scripted: Server, to
     settled(scripted)
 
 
+def test_a_streamed_list_of_prompts_that_names_one_group_ends_with_its_record(scripted: Server):
+    ours = {"group": "a list", "size": 6, "preset": "latency"}
+    body = body_of("/v1/completions", ["D12: four ways"] * 6, 1, {"deepprune": ours})
+    *_, last = scripted.stream("/v1/completions", body)
+    record = metadata(last)["deepprune"]
+    assert (record["size"], record["answer"], record["settled"]) == (6, "5", True)
+    settled(scripted)
+
+
 # -- what comes back beside the text -------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from packaging.version import Version
 
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
-from sglang_deepprune.patches import seams, server_args, tokenizer_manager
+from sglang_deepprune.patches import output, seams, server_args, tokenizer_manager
 from sglang_deepprune.patches.server_args import ATTRIBUTE, Carrier
 
 
@@ -147,6 +148,38 @@ def test_a_batch_of_prompts_as_token_ids_is_tagged_as_single_requests_are():
     assert first["__deepprune"]["gid"] == second["__deepprune"]["gid"] and plain is None
     with pytest.raises(ConfigError, match="deepprune.preset"):
         send({"deepprune": {"group": "k", "preset": "best"}})
+
+
+def test_a_batch_that_names_groups_has_their_latest_records_on_it():
+    """SGLang gives each prompt of a batch a request object of its own."""
+
+    def chunk(group: str, tokens: int, settled: bool) -> dict[str, Any]:
+        record = {"group_id": group, "generated_tokens": tokens, "settled": settled}
+        return {"meta_info": {"deepprune": {"group": record}}}
+
+    io_struct = importlib.import_module("sglang.srt.managers.io_struct")
+
+    async def original(self: Any, obj: Any, request: Any) -> Any:
+        one: dict[str, Any]
+        for one in (
+            chunk("a", 9, True),
+            chunk("a", 5, False),
+            {"meta_info": {}},
+            chunk("b", 1, False),
+        ):
+            yield one
+
+    async def read(custom: Any) -> Any:
+        params = [{"custom_params": custom}] * 3
+        obj = io_struct.GenerateReqInput(text=["x"] * 3, sampling_params=params)
+        obj.parallel_sample_num = 1
+        hook = tokenizer_manager.handle_batch_request
+        assert len([one async for one in hook(original, manager(), obj, None)]) == 4
+        return getattr(obj, output.RECORDS, None)
+
+    found = asyncio.run(read({"deepprune": {"group": "k"}}))
+    assert [(one["group_id"], one["settled"]) for one in found] == [("a", True), ("b", False)]
+    assert asyncio.run(read({"theirs": 1})) is None
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["before 0.5.20", "since"])
