@@ -9,13 +9,15 @@ from tests.engine import soak
 from tests.engine.soak import MIB, growth, is_good, verdict
 
 
-def samples(rss: float = 0.0, fds: float = 0.0, groups: float = 0.0) -> list[Row]:
+def samples(
+    rss: float = 0.0, fds: float = 0.0, groups: float = 0.0, blocks: float = 0.0
+) -> list[Row]:
     """A run of ten minutes; the arguments are what is added a second."""
     return [
         {"seconds": s, "requests": s,
          "processes": {"scheduler": {"rss_mib": 900 + rss * s + 3 * (s % 20 == 0),
                                      "fds": 50 + fds * s, "threads": 12}},
-         "tables": {"groups": 9 + groups * s}}
+         "python_blocks": 3_000_000 + blocks * s, "tables": {"groups": 9 + groups * s}}
         for s in range(0, 600, 5)
     ]  # fmt: skip
 
@@ -23,7 +25,7 @@ def samples(rss: float = 0.0, fds: float = 0.0, groups: float = 0.0) -> list[Row
 @pytest.mark.parametrize(
     ("grows", "what"),
     [({}, None), ({"rss": 0.02}, None), ({"rss": 0.1}, "rss_mib"), ({"fds": 0.1}, "fds"),
-     ({"groups": 0.5}, "groups")],
+     ({"groups": 0.5}, "groups"), ({"blocks": 10}, None), ({"blocks": 100}, "python_blocks")],
 )  # fmt: skip
 def test_what_grows_is_seen(grows: dict[str, float], what: str | None):
     rows = verdict(samples(**grows))
