@@ -25,8 +25,10 @@ _DELTAS = frozenset({
     "output_token_sampling_mask", "output_token_sampling_logprobs",
 })  # fmt: skip
 _TEXTS = ("text", "output_ids")  # what a streamed choice holds of its output
-REPLAYS = "_deepprune_replays"  # on it too: choices that were held back come in their own chunks
-RECORDS = "_deepprune_records"  # attribute of the request object that OpenAI handlers share
+# Attributes of the request object that OpenAI handlers share: the groups' records, and whether
+# choices that were held back come in their own chunks.
+RECORDS = "_deepprune_records"
+REPLAYS = "_deepprune_replays"
 
 
 def unpack(meta: dict[str, Any], reason: dict[str, Any], obj: Any) -> None:
@@ -47,13 +49,13 @@ class Reply:
 
     def __init__(self, num_siblings: int, asks: list[wire.Ask], *, is_incremental: bool = False):
         self.num_siblings = num_siblings
-        self.chunks: dict[int, list[Any]] = {}  # choice -> its chunks, where they are replayed
         self.is_incremental = is_incremental  # chunks are deltas, not the text so far
         self.asks = asks
         self.records: dict[int, dict[str, Any]] = {}  # prompt -> group record
         self.ended: dict[int, int] = {}  # prompt -> finished choices
         self.buffers: dict[int, dict[str, Any]] = {}  # choice -> latest output, when filtering
         self.pieces: dict[tuple[int, str], list[Any]] = {}  # (choice, name) -> its deltas
+        self.chunks: dict[int, list[Any]] = {}  # choice -> its chunks, where they are replayed
 
     def whole(self, responses: list[dict[str, Any]], obj: Any) -> list[dict[str, Any]]:
         """A non-streaming reply: choices of all prompts, in order."""
@@ -90,14 +92,14 @@ class Reply:
             # The dropped choices were generated too: usage counts them with the first kept one.
             spent = sum(_tokens(one) for one in block) - sum(_tokens(one) for one in kept)
             kept[0]["meta_info"]["completion_tokens"] = _tokens(kept[0]) + spent
-            # Numbered as in a whole reply; SGLang also counts the prompt with the first index.
             self._publish(obj)
+            chunks = [self.chunks.pop(first + index, []) for index in range(self.num_siblings)]
             for place, one in enumerate(kept):
-                chunks = self.chunks.get(one["index"], [])
+                own = chunks[one["index"] - first]
+                # Numbered as in a whole reply; SGLang also counts the prompt with the first index.
                 one["index"] = first + place
-                yield from self._replayed(one, chunks)
-                yield _with_own(one, chunks[-1]) if chunks and self.is_incremental else one
-            self.chunks.clear()
+                yield from self._replayed(one, own)
+                yield _with_own(one, own[-1]) if own and self.is_incremental else one
 
     def _note(self, prompt: int, response: dict[str, Any]) -> None:
         ours = response["meta_info"].get(wire.KEY)
@@ -164,10 +166,11 @@ class Reply:
         """Keep a choice's newest output, and each of its deltas (incremental streaming)."""
         self.buffers[response["index"]] = response
         if is_replayed:
-            own = {**response, "meta_info": dict(response["meta_info"])}
-            size = (len(response.get("text") or ""), _tokens(response))
-            kept = own if self.is_incremental else size
-            self.chunks.setdefault(response["index"], []).append(kept)
+            # The text so far comes with each chunk: where it ended is enough.
+            chunk: Any = (len(response.get("text") or ""), _tokens(response))
+            if self.is_incremental:
+                chunk = {**response, "meta_info": dict(response["meta_info"])}
+            self.chunks.setdefault(response["index"], []).append(chunk)
         for holder, name in _held(response) if self.is_incremental else ():
             if holder.get(name) is not None:
                 self.pieces.setdefault((response["index"], name), []).append(holder[name])

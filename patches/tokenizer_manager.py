@@ -148,8 +148,9 @@ async def _collected(responses: Any, obj: Any) -> AsyncIterator[Any]:
                 known = found.get(record["group_id"])
                 if known is None or is_later(record, known):
                     found[record["group_id"]] = record
-                setattr(obj, output.RECORDS, list(found.values()))
             yield response
+        if found:
+            setattr(obj, output.RECORDS, list(found.values()))
     finally:
         await responses.aclose()
 

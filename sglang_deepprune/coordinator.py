@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 Command = JudgeResult | FenceResult | Close | Expire | Probe
 HOLD_LIMIT_S = 2.0  # the longest that a finished group's last output waits for the fence
-MOST_MEMBERS = 4096  # of an open-ended group; whoever comes later is a plain request
+MOST_MEMBERS = 4096  # of a client-side group; whoever comes later is a plain request
 MOST_AWAITED = 65_536  # siblings of all client-side groups: one request may announce thousands
 ANSWER_TAIL_CHARS = 32_768  # a token may be a run of a hundred spaces
 ANSWER_TAIL_TOKENS = 2048  # an answer stands at a trace's end; decoding more would cost a step
@@ -138,11 +138,6 @@ class Run:
         )
 
 
-def _num_come(group: Group) -> int:
-    """Members that have arrived, whatever became of them."""
-    return sum(sibling.state is not State.EXPECTED for sibling in group.siblings.values())
-
-
 class Coordinator:
     """All live groups of one scheduler process."""
 
@@ -210,8 +205,6 @@ class Coordinator:
             return None
         if run is not None and run.over_s is not None:
             return None  # its last output waits for the fence alone
-        if run is not None and index == ABSENT and _num_come(run.group) >= MOST_MEMBERS:
-            return None
         if run is None and index == ABSENT and self._num_awaited + size > MOST_AWAITED:
             return None
         if run is None:
@@ -226,6 +219,8 @@ class Coordinator:
         group = run.group
         if index == ABSENT:
             taken = [i for i, s in group.siblings.items() if s.state is not State.EXPECTED]
+            if len(taken) >= MOST_MEMBERS:
+                return None
             index = max(taken, default=-1) + 1
         run.touched_s = self.clock()
         sibling = group.siblings.setdefault(index, Sibling(index))

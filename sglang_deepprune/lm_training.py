@@ -162,9 +162,11 @@ def train(
 
 def _fingerprint(rows: Sequence[Mapping[str, Any]], base: str, recipe: Recipe) -> str:
     """What a checkpoint must have in common with a run that goes on from it."""
-    data = hashlib.sha256(repr(list(rows)).encode()).hexdigest()
+    data = hashlib.sha256()
+    for row in rows:
+        data.update(repr(row).encode())
     body = {name: getattr(recipe, name) for name in Recipe.__slots__}
-    return json.dumps({"base": base, "examples": data, **body})
+    return json.dumps({"base": base, "examples": data.hexdigest(), **body})
 
 
 def _with_lora(model: Any, recipe: Recipe) -> Any:
