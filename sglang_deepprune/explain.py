@@ -127,6 +127,8 @@ def _reason(group: dict[str, Any]) -> str:
     kind, _, rest = reason.partition(": ")
     if kind == "gave up":
         return f"It ended early, without hope of a majority: {rest}."
+    if kind == "aborted":
+        return f"It lost siblings to aborts or errors of their own: {rest}."
     if kind == "pruned":
         return f"The judge's clusters settled who ran on: {rest}."
     if kind == "redundant":

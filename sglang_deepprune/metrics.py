@@ -30,6 +30,7 @@ class Reason(str, Enum):
     """Why a group ended: the head of its record's `reason`, up to the colon."""
 
     FINISHED = "finished"  # all siblings finished
+    ABORTED = "aborted"  # some of its siblings, by a client, a time-out or an error of their own
     DECIDED = "decided"
     GAVE_UP = "gave_up"
     PRUNED = "pruned"  # by a judge's verdict; "redundant: ..." too
@@ -46,6 +47,7 @@ class Reason(str, Enum):
 
 _HEADS = {
     "all siblings finished": Reason.FINISHED,
+    "aborted": Reason.ABORTED,
     "decided": Reason.DECIDED,
     "gave up": Reason.GAVE_UP,
     "pruned": Reason.PRUNED,

@@ -5,6 +5,8 @@ The JSON names are pinned in schema/record.schema.json; docs and tests read the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.types import ABSENT, ChoiceRecord, GroupRecord
 
@@ -25,6 +27,12 @@ def choice_of(sibling: Sibling) -> ChoiceRecord:
     )
 
 
+def _end_of(siblings: Sequence[Sibling]) -> str:
+    """Why a group is over that no rule of ours ended."""
+    lost = sum(sibling.state in (State.ABORTED, State.FAILED) for sibling in siblings)
+    return f"aborted: {lost} of {len(siblings)} siblings" if lost else "all siblings finished"
+
+
 def record_of(group: Group, max_new_tokens: int, *, is_settled: bool) -> GroupRecord:
     """The group as of now. `saved_tokens_at_most`: had each stopped sibling run to its limit; none
     where all would have said the same anyway."""
@@ -34,7 +42,7 @@ def record_of(group: Group, max_new_tokens: int, *, is_settled: bool) -> GroupRe
     return GroupRecord(
         group_id=group.group_id,
         active=True,
-        reason=group.reason or ("all siblings finished" if is_settled else "running"),
+        reason=group.reason or (_end_of(siblings) if is_settled else "running"),
         preset=group.config.preset,
         size=len(siblings),
         settled=is_settled,

@@ -23,8 +23,8 @@ NUM_REQUESTS = 200
 CLIENTS = 12
 # Heads of a record's reason, and what a dashboard calls them: written out, not taken from the code.
 HEADS = {
-    "all siblings finished": "finished", "decided": "decided", "pruned": "pruned",
-    "redundant": "pruned", "open-ended": "open_ended", "gave up": "gave_up",
+    "all siblings finished": "finished", "aborted": "aborted", "decided": "decided",
+    "pruned": "pruned", "redundant": "pruned", "open-ended": "open_ended", "gave up": "gave_up",
 }  # fmt: skip
 page1 = pytest.mark.parametrize("scripted", ["page1-overlap"], indirect=True)
 

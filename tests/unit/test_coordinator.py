@@ -539,3 +539,16 @@ def test_an_answer_that_the_fence_has_not_compared_counts_apart_once_the_weights
     retired = c.retire("g", 2, State.FINISHED, 3)
     assert retired is not None and retired.group is not None
     assert [votes for _, votes in retired.group.votes] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("ends", "reason"),
+    [([State.ABORTED] * 3, "aborted: 3 of 3 siblings"),
+     ([State.FINISHED, State.FAILED, State.FINISHED], "aborted: 1 of 3 siblings"),
+     ([State.FINISHED] * 3, "all siblings finished")],
+)  # fmt: skip
+def test_a_group_that_lost_siblings_does_not_say_that_all_finished(ends: list[State], reason: str):
+    c = coordinator(preset="collect")
+    fill(c, 3)
+    *_, last = [c.retire("g", index, state, 4) for index, state in enumerate(ends)]
+    assert last is not None and last.group is not None and last.group.reason == reason

@@ -185,7 +185,7 @@ def test_no_verdict_has_no_latency():
 
 @pytest.mark.parametrize(
     ("reason", "meant"),
-    [("all siblings finished", Reason.FINISHED),
+    [("all siblings finished", Reason.FINISHED), ("aborted: 9 of 12 siblings", Reason.ABORTED),
      ("decided: 3:0 of 3 votes, at most 5 to come", Reason.DECIDED), ("decided", Reason.DECIDED),
      ("gave up: the leader has 2 of 16 votes", Reason.GAVE_UP),
      ("pruned: largest of 2 clusters has 5 members", Reason.PRUNED),
