@@ -221,7 +221,7 @@ def test_a_client_that_leaves_is_counted_too(scripted: Server):
     stream.close()  # type: ignore[attr-defined]
     scripted.wait_idle()
     counted = wait_for(scripted, lambda now: not now.total(metrics.LIVE_GROUPS)).since(before)
-    assert counted.of(metrics.GROUPS) == {"finished": 1}
+    assert counted.of(metrics.GROUPS) == {"aborted": 1}
     assert counted.of(metrics.SIBLINGS) == {"aborted": 6}
 
 
