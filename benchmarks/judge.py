@@ -6,7 +6,7 @@ over /v1/score, with its prefix cache) and `packed` (ours: no padding, what prom
 once). Each places the same traces, with the paper's full loop and with sequential comparisons.
 `bound` is the speed-up over `sorted` that the tokens alone allow, `share_of_bound` what was had;
 `max_difference` is that of a pair's scores from those of the first way; in half precision that is
-the same judge in float32.
+the same judge in float32, and `max_difference_sorted` is that from `sorted`, in the judge's own.
 
     python -m benchmarks.judge --traces FILE --json benchmarks/results/judge_speed.json
 
@@ -143,11 +143,17 @@ def play(
     return [one.cluster for one in found], pairs, time.perf_counter() - start
 
 
+def farthest(scores: Scores, others: Scores) -> float:
+    """The largest difference of a pair's scores, of the pairs that both have."""
+    return max(abs(value - others.get(key, value)) for key, value in scores.items())
+
+
 def rows_of(ways: Iterator[Way], tasks: Sequence[JudgeTask]) -> list[Row]:
     """One row a way and mode, all tasks together."""
     rows: list[Row] = []
     wanted: dict[str, list[int]] = {}
     first_scores: Scores = {}
+    unpacked: Scores = {}
     for way in ways:
         way.score([Pair(tasks[0].traces[0], tasks[0].traces[1])])  # warm
         for mode, error in MODES:
@@ -160,15 +166,16 @@ def rows_of(ways: Iterator[Way], tasks: Sequence[JudgeTask]) -> list[Row]:
                 pairs, seconds = pairs + num, seconds + spent
             after = way.tokens()
             first_scores = first_scores or scores
+            if way.name == "sorted":
+                unpacked = unpacked or scores
             rows.append({
                 "way": way.name, "comparisons": mode, "n": len(tasks[0].traces),
                 "questions": len(tasks), "pairs": pairs, "seconds": round(seconds, 2),
                 "pairs_per_s": pairs / seconds,
                 "tokens": None if before is None or after is None else after - before,
                 "same_assignments": float(np.mean(same)),
-                "max_difference": max(
-                    abs(value - first_scores.get(key, value)) for key, value in scores.items()
-                ),
+                "max_difference": farthest(scores, first_scores),
+                "max_difference_sorted": farthest(scores, unpacked) if unpacked else None,
             })  # fmt: skip
             print(rows[-1], flush=True)
     return rows
