@@ -24,6 +24,8 @@ from typing import Any, TextIO
 
 from sglang_deepprune.answers import extract
 
+REASONER_MAX_TOKENS = 1024  # its context is 2,048, and its longest traces end before this
+
 _RETRIES = 4
 _AGAIN = (408, 409, 429, 500, 502, 503, 504)
 
@@ -231,7 +233,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--n", type=int, default=16, help="traces a question")
     parser.add_argument("--endpoint", choices=("chat", "completions"), default="chat")
-    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument(
+        "--max-tokens", type=int, help=f"default: 4096, of the reasoner {REASONER_MAX_TOKENS}"
+    )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--logprobs", action="store_true", help="of every token")
@@ -243,8 +247,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    max_tokens = args.max_tokens
+    if max_tokens is None:
+        max_tokens = 4096 if args.questions else REASONER_MAX_TOKENS
     source = Source(
-        args.url, args.model, args.endpoint == "chat", args.max_tokens, args.temperature,
+        args.url, args.model, args.endpoint == "chat", max_tokens, args.temperature,
         args.top_p, args.logprobs, args.timeout_s,
     )  # fmt: skip
     try:

@@ -250,7 +250,9 @@ def judge_rule(rows: Sequence[Row], num_siblings: int) -> tuple[bool, str]:
     winner at least as often as the decided stop alone at equal tokens, by the lower bound."""
     # A cut at which no tau keeps false merges low enough decides nothing.
     best = max(rows, key=lambda row: (row["tau"] is not None, row["gain_low"]))
-    may = best["tau"] is not None and best["gain_low"] >= 0
+    if best["tau"] is None:
+        return False, "at no cut is there a tau that keeps the rate of false merges low enough"
+    may = best["gain_low"] >= 0
     verb = "keeps" if may else "is not shown to keep"
     return may, (
         f"at {best['cut']} and n={num_siblings}, clustering with the decided stop {verb} the "

@@ -160,3 +160,11 @@ def test_the_reasoners_questions():
     asked = collect.reasoner_questions(4, seed=1)
     assert len({one.question_id for one in asked}) == 4
     assert all(one.prompt and one.gold for one in asked)
+
+
+def test_the_reasoners_traces_fit_its_context(fake: Fake, tmp_path: Path):
+    argv = ["collect", "--reasoner", "1", "--url", fake.url, "--n", "1"]
+    assert main([*argv, "--output", str(tmp_path / "own.jsonl")]) == 0
+    assert fake.asked[-1][1]["max_tokens"] == collect.REASONER_MAX_TOKENS
+    assert main([*argv, "--max-tokens", "7", "--output", str(tmp_path / "other.jsonl")]) == 0
+    assert fake.asked[-1][1]["max_tokens"] == 7
