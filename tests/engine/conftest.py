@@ -6,6 +6,7 @@ embedded model for real.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ CONFIGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Between SGLang's processes go pickles, as is the default, or its own typed messages.
 ENVIRONMENTS = {"page16-no-overlap": {"SGLANG_USE_PICKLE_IPC": "0"}}
+
+
+STARTUP = str(Path(__file__).parent / "startup")
+
+
+def pytest_configure() -> None:
+    """A server's start is most of an engine test's time: see startup/sitecustomize.py."""
+    path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(part for part in (STARTUP, path) if part)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

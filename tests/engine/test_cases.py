@@ -162,7 +162,7 @@ def test_d5_siblings_of_one_seed_differ_and_are_reproducible(reasoner: Server):
         assert whole.startswith(maybe_cut)
 
 
-@pytest.mark.parametrize("page_size", [pytest.param("16", marks=paged), "1"])
+@pytest.mark.parametrize("page_size", [pytest.param("16", marks=[paged, pytest.mark.modes]), "1"])
 def test_d6_pruning_while_the_pool_is_too_small(tiny, scripts_env, page_size: str):
     """Retraction and verdicts in the same steps; the strict checks stand in for a second owner."""
     flags = ("--page-size", page_size, "--max-running-requests", "8")

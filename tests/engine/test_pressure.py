@@ -25,7 +25,9 @@ PAGES = {"page1": ("--page-size", "1"), "page16": ("--page-size", "16")}
 ROOM = 1200  # KV slots: about three of the 330-token traces
 
 
-@pytest.fixture(scope="module", params=["page1", pytest.param("page16", marks=paged)])
+@pytest.fixture(
+    scope="module", params=["page1", pytest.param("page16", marks=[paged, pytest.mark.modes])]
+)
 def tight(request: pytest.FixtureRequest, tiny: Any, scripts_env: Any) -> Iterator[Server]:
     # SGLang admits more than fits, as it does when its guess of the lengths is too low.
     flags = (*COMMON, *MARKER, *PAGES[request.param], "--schedule-conservativeness", "0.1",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 from tests.engine.conftest import COMMON, MARKER
 from tests.engine.server import Server
 from tests.engine.test_groups import states
@@ -40,6 +42,7 @@ def test_held_siblings_count_for_the_queue_limit_at_arrival_and_never_later(tiny
         server.wait_idle()
 
 
+@pytest.mark.modes
 def test_held_siblings_time_out_as_queued_ones_do(tiny, scripts_env):
     env = {**scripts_env, "SGLANG_REQ_WAITING_TIMEOUT": "1"}
     with Server(tiny, *COMMON, *MARKER, "--deepprune-fill", "0", env=env) as server:

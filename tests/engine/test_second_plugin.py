@@ -36,7 +36,9 @@ print("FOUND", json.dumps([loaded[0], args._second_flag, args._deepprune.config.
 OURS = "sglang_deepprune.patches:register"
 
 
-@pytest.mark.parametrize("first", ["sglang_deepprune", "tests"])
+@pytest.mark.parametrize(
+    "first", ["sglang_deepprune", pytest.param("tests", marks=pytest.mark.modes)]
+)
 def test_both_plugins_have_their_flags_whichever_is_loaded_first(
     tiny: Path, tmp_path: Path, first: str
 ):

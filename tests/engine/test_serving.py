@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_smoke_size_runs_to_its_table(tmp_path: Path):
     out = tmp_path / "serving.json"
     done = subprocess.run(
