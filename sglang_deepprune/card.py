@@ -5,12 +5,16 @@ Written by `sglang-deepprune eval-judge --card`. JSON; `docs/judges.md` explains
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 FORMAT = "sglang-deepprune judge card 1"
+CARD_NAME = "card.json"  # in a model's folder
+_ENDS = 1 << 20
 
 
 class CardError(ValueError):
@@ -34,6 +38,9 @@ class Card:
         The rule of `evaluation.judge_rule`, at the best cut.
     reason : str
         One sentence.
+    weights : str
+        `fingerprint` of the weights that were measured; empty: of none in particular (a judge
+        without any, one of a hub, one that was fitted anew in each fold).
     """
 
     judge: str
@@ -42,10 +49,11 @@ class Card:
     taus: dict[str, float]
     may_prune: bool
     reason: str
+    weights: str = ""
 
     def __post_init__(self) -> None:
         kinds = {"judge": str, "data": dict, "figures": list, "taus": dict, "may_prune": bool,
-                 "reason": str}  # fmt: skip
+                 "reason": str, "weights": str}  # fmt: skip
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise CardError(f"{name} of a judge's card must be a {kind.__name__}")
@@ -54,6 +62,29 @@ class Card:
         for cut, tau in self.taus.items():
             if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau <= 1:
                 raise CardError(f"tau of {cut[:40]!r} in a judge's card must be in [0, 1]")
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256, in hex, that tells these weights from others: a file's size, its first and last MiB
+    (so all of a small one), or those of every file of a model's folder but its card.
+
+    Raises OSError.
+    """
+    place = Path(path)
+    files = [place]
+    if place.is_dir():
+        files = sorted(one for one in place.rglob("*") if one.is_file() and one.name != CARD_NAME)
+    found = hashlib.sha256()
+    for one in files:
+        size = one.stat().st_size
+        name = one.relative_to(place).as_posix() if place.is_dir() else ""
+        found.update(f"{name} {size}\n".encode())
+        with one.open("rb") as file:
+            found.update(file.read(_ENDS))
+            if size > 2 * _ENDS:
+                file.seek(-_ENDS, os.SEEK_END)
+            found.update(file.read(_ENDS))
+    return found.hexdigest()
 
 
 def save(card: Card, path: str | Path) -> None:

@@ -41,6 +41,7 @@ from sglang_deepprune.clustering import JudgeError
 from sglang_deepprune.config import ConfigError
 from sglang_deepprune.judges import Judge, check_offline, load_judge
 from sglang_deepprune.judges.belief import save_weights
+from sglang_deepprune.judges.permission import weights_of
 from sglang_deepprune.report import Row, print_table, write_json
 from sglang_deepprune.traces import (
     CUTS,
@@ -385,7 +386,9 @@ def main(argv: list[str]) -> int:
         data = {**training.describe(args.traces, questions, args.seed), "folds": args.folds}
         taus = {row["cut"]: row["tau"] for row in rows if row["tau"] is not None}
         judge = _short(args.judge[0])  # as a server knows it; the folds are among the data
-        cards.save(cards.Card(judge, data, rows, taus, may_prune, reason), args.card)
+        weights = "" if args.folds else weights_of(args.judge[0])
+        card = cards.Card(judge, data, rows, taus, may_prune, reason, weights)
+        cards.save(card, args.card)
     return 0
 
 

@@ -10,28 +10,42 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sglang_deepprune.card import Card, CardError, load
+from sglang_deepprune.card import CARD_NAME, Card, CardError, fingerprint, load
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
 from sglang_deepprune.judges import OWN
 
-_EMBEDDED = {"belief": Path(__file__).parent / "embedded" / "belief.card.json"}
+_EMBEDDED = {"belief": Path(__file__).parent / "embedded" / "belief.json"}
 
 
 def card_path(spec: str) -> Path | None:
     """Where the card of a judge lies if nobody says: `card.json` in a model's folder, else
     `NAME.card.json` beside `NAME.json`. None: nowhere."""
+    place = _place(spec)
+    if place is None:
+        return None
+    return place / CARD_NAME if place.is_dir() else place.with_suffix(".card.json")
+
+
+def weights_of(spec: str) -> str:
+    """The `fingerprint` of a judge's weights; empty where it has none on this machine."""
+    place = _place(spec)
+    try:
+        return fingerprint(place) if place is not None and place.exists() else ""
+    except OSError:
+        return ""  # whoever loads them says it better
+
+
+def _place(spec: str) -> Path | None:
     name, _, path = spec.partition(":")
     if name in (OWN, "probe"):
         return None
-    if not path:
-        return _EMBEDDED.get(name)
-    place = Path(path)
-    return place / "card.json" if place.is_dir() else place.with_suffix(".card.json")
+    return Path(path) if path else _EMBEDDED.get(name)
 
 
 def with_card(config: DeepPruneConfig) -> DeepPruneConfig:
     """The config with what the judge's card allows. Raises ConfigError for a card that was named
-    and is none, or is another judge's; one that lies beside the weights is held to the same."""
+    and is none, or is of another judge or other weights; one beside the weights is held to the
+    same."""
     path = Path(config.judge_card) if config.judge_card else card_path(config.judge)
     if path is None or (not config.judge_card and not path.is_file()):
         return config
@@ -44,6 +58,11 @@ def with_card(config: DeepPruneConfig) -> DeepPruneConfig:
     name = config.judge.partition(":")[0]
     if found.judge.partition(":")[0] != name:
         raise ConfigError("judge_card", f"{path.name} is the card of {found.judge!r}, not {name!r}")
+    if found.weights and found.weights != weights_of(config.judge):
+        raise ConfigError(
+            "judge_card",
+            f"{path.name} was measured with other weights; make one by eval-judge --card",
+        )
     return dataclasses.replace(config, card_taus=allowed(found))
 
 

@@ -126,6 +126,7 @@ def test_a_card_of_a_judge_fitted_in_folds_is_one_that_a_server_takes(
     argv = ["--judge", "belief", "--folds", "3", "--traces", str(file), "--cut", "share:0.75"]
     assert run(capsys, *argv, "--card", str(own))[0] == 0
     assert card.load(own).data["folds"] == 3
+    assert card.load(own).weights == ""  # of no fold's in particular
     for judge in ("belief", "belief:judge.json"):
         with_card(DeepPruneConfig(enable=True, judge=judge, judge_card=str(own)))
 

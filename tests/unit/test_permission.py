@@ -9,10 +9,10 @@ import pytest
 from sglang_deepprune import card as cards
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
 from sglang_deepprune.judges.belief import EMBEDDED
-from sglang_deepprune.judges.permission import card_path, sentence, with_card
+from sglang_deepprune.judges.permission import card_path, sentence, weights_of, with_card
 
 
-def make(path: Path, *, judge: str = "belief", may_prune: bool = True) -> Path:
+def make(path: Path, *, judge: str = "belief", may_prune: bool = True, weights: str = "") -> Path:
     figures = [
         {"cut": "tokens:500", "gain_low": 0.01},
         {"cut": "tokens:1000", "gain_low": -0.02},
@@ -21,7 +21,7 @@ def make(path: Path, *, judge: str = "belief", may_prune: bool = True) -> Path:
         {"cut": "share:0.5", "gain_low": 0.2},
     ]
     taus = {"tokens:500": 0.8, "tokens:1000": 0.7, "words:25": 0.75, "share:0.5": 0.6}
-    cards.save(cards.Card(judge, {}, figures, taus, may_prune, "because"), path)
+    cards.save(cards.Card(judge, {}, figures, taus, may_prune, "because", weights), path)
     return path
 
 
@@ -67,3 +67,35 @@ def test_another_judges_card_stops_the_start(tmp_path: Path):
     path = make(tmp_path / "c.json", judge="similarity")
     with pytest.raises(ConfigError, match="is the card of 'similarity'"):
         with_card(DeepPruneConfig(judge="belief", judge_card=str(path)))
+
+
+def test_a_card_of_other_weights_stops_the_start(tmp_path: Path):
+    weights = tmp_path / "mine.json"
+    weights.write_text(EMBEDDED.read_text())
+    judge = f"belief:{weights}"
+    make(tmp_path / "mine.card.json", weights=weights_of(judge))
+    assert with_card(DeepPruneConfig(judge=judge)).card_taus
+    weights.write_text(EMBEDDED.read_text() + "\n")  # fitted again, measured never
+    with pytest.raises(ConfigError, match="was measured with other weights"):
+        with_card(DeepPruneConfig(judge=judge))
+    own = make(tmp_path / "own.json", weights=weights_of("belief"))
+    assert with_card(DeepPruneConfig(judge="belief", judge_card=str(own))).card_taus
+    others = make(tmp_path / "others.json", weights=weights_of(judge))
+    with pytest.raises(ConfigError, match="was measured with other weights"):
+        with_card(DeepPruneConfig(judge="belief", judge_card=str(others)))
+
+
+def test_a_folders_fingerprint_is_that_of_all_its_files_but_the_card(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    large = tmp_path / "model.safetensors"
+    large.write_bytes(bytes(3 << 20))
+    before = cards.fingerprint(tmp_path)
+    make(tmp_path / cards.CARD_NAME)
+    assert cards.fingerprint(tmp_path) == before == weights_of(f"llm:{tmp_path}")
+    for start in (0, (3 << 20) - 1):  # either end
+        content = bytearray(3 << 20)
+        content[start] = 1
+        large.write_bytes(content)
+        assert cards.fingerprint(tmp_path) != before
+    large.rename(tmp_path / "other.safetensors")
+    assert weights_of("similarity") == weights_of("llm:nobody/nothing") == ""
