@@ -27,7 +27,7 @@ from sglang_deepprune.policy import decided
 from sglang_deepprune.reasoner import Question
 from sglang_deepprune.reasoner.evaluate import boxed_answer, vote
 
-PLAIN = "plain"
+PLAIN, DECLINED = "plain", "declined"  # the second where deepprune is on, and not wanted
 MAX_NEW_TOKENS = 1024
 DECIDED_EPS = 0.05  # chance of another winner at which `pool` stops
 AGREEMENT = 0.75  # share of the answers at which `waves` stops
@@ -300,8 +300,9 @@ async def ask(
     policy: str, session: aiohttp.ClientSession, url: str, question: Question, n: int, seed: int
 ) -> Outcome:
     """One question under `plain`, a rival, or else a preset of the plugin's."""
-    if policy == PLAIN:
-        return await ask_plain(session, url, question, n, seed)
+    if policy in (PLAIN, DECLINED):
+        declines = {"deepprune": False} if policy == DECLINED else {}
+        return await ask_plain(session, url, question, n, seed, declines)
     if not is_rival(policy):
         return await ask_deepprune(policy, session, url, question, n, seed)
     start = time.perf_counter()
@@ -310,12 +311,17 @@ async def ask(
 
 
 async def ask_plain(
-    session: aiohttp.ClientSession, url: str, question: Question, n: int, seed: int
+    session: aiohttp.ClientSession,
+    url: str,
+    question: Question,
+    n: int,
+    seed: int,
+    more: dict[str, Any],
 ) -> Outcome:
-    """One n>1 request and a plurality."""
+    """One n>1 request and a plurality. `more`: custom parameters beside the noise's."""
     start = time.perf_counter()
     noise = {"bench_seed": seed, "bench_key": uuid.uuid4().hex}
-    reply = await complete(session, url, body_of(question, noise, n=n))
+    reply = await complete(session, url, body_of(question, {**noise, **more}, n=n))
     choices = sorted(reply["choices"], key=lambda choice: choice["index"])
     answers = [boxed_answer(choice["text"]) for choice in choices]
     tokens = reply["usage"]["completion_tokens"]

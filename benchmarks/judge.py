@@ -3,7 +3,8 @@
 Ways: `naive` (padded Hugging Face batches in the order asked, logits of every token), `sorted` (the
 same by length, last tokens only: the best effort without sharing), `server` (a second SGLang server
 over /v1/score, with its prefix cache) and `packed` (ours: no padding, what prompts share read
-once). Each places the same traces, with the paper's full loop and with sequential comparisons.
+once). Each places the same traces, with the paper's full loop and with sequential comparisons, and
+starts each of these with nothing kept.
 `bound` is the speed-up over `sorted` that the tokens alone allow, `share_of_bound` what was had;
 `max_difference` is that of a pair's scores from those of the first way; in half precision that is
 the same judge in float32, and `max_difference_sorted` is that from `sorted`, in the judge's own.
@@ -20,8 +21,10 @@ import contextlib
 import importlib.util
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +46,13 @@ Score = Callable[[Sequence[Pair]], np.ndarray]
 
 @dataclass(slots=True)
 class Way:
-    """A way to run the judge. `tokens`: read by the model so far; None: nobody counts."""
+    """A way to run the judge. `tokens`: read by the model so far; None: nobody counts. `forget`:
+    drop what it keeps of earlier prompts, so that each mode pays for its own."""
 
     name: str
     score: Score
     tokens: Callable[[], int | None]
+    forget: Callable[[], object] = lambda: None
 
 
 class Naive:
@@ -103,15 +108,16 @@ def ways_of(model: str, names: Sequence[str], dtype: str) -> Iterator[Iterator[W
     def ways() -> Iterator[Way]:
         if dtype != "float32":
             exact = LLMJudge(model, torch.float32)
-            yield Way("float32", exact.score, lambda: exact.tokens_read)
+            assert exact.packed is not None
+            forget = exact.packed.prefixes.clear
+            yield Way("float32", exact.score, lambda: exact.tokens_read, forget)
         for name in names:
-            packed.prefixes.clear()
             if name == "naive":
                 yield Way(name, naive.score, lambda: naive.tokens)
             elif name == "sorted":
                 yield Way(name, padded, lambda: judge.tokens_read)
             elif name == "packed":
-                yield Way(name, judge.score, lambda: judge.tokens_read)
+                yield Way(name, judge.score, lambda: judge.tokens_read, packed.prefixes.clear)
             else:
                 with tempfile.TemporaryDirectory() as folder:
                     judge.model.save_pretrained(folder)
@@ -119,9 +125,15 @@ def ways_of(model: str, names: Sequence[str], dtype: str) -> Iterator[Iterator[W
                     flags = ("--dtype", dtype, "--sleep-on-idle")
                     with LocalServer(folder, *flags, max_total_tokens=60_000) as server:
                         remote = RemoteJudge(server.url, budget_s=600)
-                        yield Way(name, remote.score, lambda: None)
+                        yield Way(name, remote.score, lambda: None, partial(flush, server.url))
 
     yield ways()
+
+
+def flush(url: str) -> None:
+    """Empty a server's prefix cache."""
+    request = urllib.request.Request(f"{url}/flush_cache", method="POST")
+    urllib.request.urlopen(request, timeout=30).close()
 
 
 Scores = dict[tuple[str, int, int], float]  # (question, two traces) -> P(same)
@@ -157,6 +169,7 @@ def rows_of(ways: Iterator[Way], tasks: Sequence[JudgeTask]) -> list[Row]:
     for way in ways:
         way.score([Pair(tasks[0].traces[0], tasks[0].traces[1])])  # warm
         for mode, error in MODES:
+            way.forget()
             before, same, pairs, seconds = way.tokens(), [], 0, 0.0
             scores: Scores = {}
             for task in tasks:

@@ -3,7 +3,8 @@
     python -m benchmarks.serving --json benchmarks/results/serving.json
 
 Each cell (`serving_cells`) is a load on the embedded reasoner. A server without deepprune plays
-plain, the rivals (`clients`) and plain again; then one with deepprune plays the presets. Sibling i
+plain, the rivals (`clients`) and plain again; then one with deepprune plays plain requests that
+decline it, the presets, and those again. Sibling i
 of a question draws the same noise everywhere (`bench_plugin`), so policies differ in what they
 start and stop and in nothing else. A finished pass is kept: a run that was cut off goes on.
 """
@@ -30,13 +31,14 @@ import aiohttp
 from tqdm import tqdm
 
 from benchmarks.bench_plugin import difference, plugin_env, read_totals
-from benchmarks.clients import MAX_NEW_TOKENS, PLAIN, Outcome, ask, ask_one, new_session
+from benchmarks.clients import DECLINED, MAX_NEW_TOKENS, PLAIN, Outcome, ask, ask_one, new_session
 from benchmarks.report import Row, write_json
 from benchmarks.serving_cells import (
     ARRIVAL_SEED,
     BY_NAME,
     CAPACITY,
     CELLS,
+    DECLINED_AGAIN,
     FLAT_STEP_MS,
     LEVEL_SHARES,
     NOISE_SEED,
@@ -58,6 +60,7 @@ ORDINARY_EVERY_S = 1.0
 WARM_UPS = 8
 KV_TOKENS_A_ROW = 2_000  # ample: a prompt and MAX_NEW_TOKENS are about half of it
 _IDLE_LIMIT_S = 60.0
+_ASKED_AS = {PLAIN_AGAIN: PLAIN, CAPACITY: PLAIN, DECLINED_AGAIN: DECLINED}
 # The checkpoint's own precision. SGLang would take float16, at half the speed on a CPU.
 _CPU_FLAGS = ("--dtype", "float32")
 
@@ -116,7 +119,7 @@ class Player:
 
     async def play(self, policy: str, rate: float = 0.0) -> Pass:
         """All questions under one policy, `rate` a second, or by the cell's closed loop."""
-        asks_as = PLAIN if policy in (PLAIN_AGAIN, CAPACITY) else policy
+        asks_as = _ASKED_AS.get(policy, policy)
         async with new_session() as session:
             await flush(session, self.url)
             before = read_totals(self.log)
@@ -275,7 +278,11 @@ def _rate(cell: Cell, results: Results) -> float:
     """Questions a second that arrive; 0 in a closed loop."""
     if not cell.poisson:
         return 0.0
-    return cell.poisson * results.passes[cell.name, CAPACITY].questions_per_s
+    # An ordinary request is a question's n-th part, and of the load like any other.
+    ordinary = 1 / (ORDINARY_EVERY_S * cell.n)
+    return max(
+        cell.poisson * results.passes[cell.name, CAPACITY].questions_per_s - ordinary, ordinary
+    )
 
 
 def run(

@@ -6,10 +6,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.clients import PLAIN, is_rival
+from benchmarks.clients import DECLINED, PLAIN, is_rival
 from sglang_deepprune.reasoner import Question, questions
 
-PLAIN_AGAIN = "plain again"  # the last pass of a cell: how far the machine drifted
+PLAIN_AGAIN = "plain again"  # the last pass without deepprune: how far the machine drifted
+# Plain requests that decline deepprune, first and last where it is on: the drift since then, and
+# what the plugin costs whoever does not use it.
+DECLINED_AGAIN = "declined again"
+PLAINS = (PLAIN, PLAIN_AGAIN, DECLINED, DECLINED_AGAIN)  # what ratios are taken to
 CAPACITY = "capacity"  # plain, all at once: what a Poisson rate is a share of
 FLAT_STEP_MS = 25.0
 QUESTION_SEED = 31_000
@@ -74,14 +78,16 @@ BY_NAME = {cell.name: cell for cell in (*CELLS, SMOKE)}
 
 def is_of_plugin(policy: str) -> bool:
     """Whether a policy needs a server with deepprune on."""
-    return policy not in (PLAIN, PLAIN_AGAIN, CAPACITY) and not is_rival(policy)
+    return policy not in (PLAIN, PLAIN_AGAIN, CAPACITY) and not is_rival(policy)  # DECLINED too
 
 
 def passes_of(cell: Cell, chosen: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Policies for the server without deepprune, in order, and for the one with it."""
-    wanted = [policy for policy in (chosen or cell.policies) if policy not in (PLAIN, PLAIN_AGAIN)]
+    wanted = [policy for policy in (chosen or cell.policies) if policy not in PLAINS]
     rivals = [policy for policy in wanted if not is_of_plugin(policy)]
-    return [PLAIN, *rivals, PLAIN_AGAIN], [policy for policy in wanted if is_of_plugin(policy)]
+    ours = [policy for policy in wanted if is_of_plugin(policy)]
+    off = [PLAIN, *rivals, PLAIN_AGAIN]
+    return off, [DECLINED, *ours, DECLINED_AGAIN] if ours else []
 
 
 def question_set(count: int, seed: int = QUESTION_SEED) -> list[Question]:

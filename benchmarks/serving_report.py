@@ -1,8 +1,8 @@
 """From finished passes to rows, tables and the plot of the serving benchmark. Pure but for output.
 
-Ratios are to the mean of the cell's two plain passes; `plain_spread` is how far apart these two
-are. `product` is questions/s x tokens x step time, each as a ratio to plain: 1 where throughput
-follows from the tokens alone.
+Ratios are to the mean of the cell's plain passes, two without deepprune and two that decline it;
+`plain_spread` is how far apart the farthest of them are. `product` is questions/s x tokens x step
+time, each as a ratio to plain: 1 where throughput follows from the tokens alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from statistics import fmean
 
 from benchmarks.clients import PLAIN
 from benchmarks.report import Row, print_table, with_ratios
-from benchmarks.serving_cells import PLAIN_AGAIN, Cell
+from benchmarks.serving_cells import PLAINS, Cell
 from sglang_deepprune.equal_tokens import is_same
 from sglang_deepprune.reasoner import Question
 
@@ -119,7 +119,7 @@ def cell_rows(cell: Cell, passes: Sequence[Pass], asked: Sequence[Question]) -> 
     if plain is None:
         return []
     rows = [measures(cell, one) for one in passes]
-    plain_rows = [row for row in rows if row["policy"] in (PLAIN, PLAIN_AGAIN)]
+    plain_rows = [row for row in rows if row["policy"] in PLAINS]
     baseline = mean_of(plain_rows)
     speeds = [row["questions_per_s"] for row in plain_rows]
     extended = []
@@ -160,7 +160,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     cells = list(dict.fromkeys(row["cell"] for row in rows))
-    shown = [row for row in rows if row["policy"] not in (PLAIN, PLAIN_AGAIN)]
+    shown = [row for row in rows if row["policy"] not in PLAINS]
     policies = list(dict.fromkeys(row["policy"] for row in shown))
     figure, axes = pyplot.subplots(figsize=(max(7.0, 1.3 * len(cells)), 4.5), layout="constrained")
     width = 0.8 / max(1, len(policies))

@@ -22,7 +22,7 @@ def test_the_smoke_size_runs_to_its_table(tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {row["policy"]: row for row in json.loads(out.read_text())["rows"]}
-    assert set(rows) == {"plain", "pool4", "balanced", "plain again"}
-    assert rows["plain again"]["same_winner"] == 1  # paired noise
-    assert rows["plain again"]["tokens_ratio"] == 1
+    assert set(rows) == {"plain", "pool4", "balanced", "plain again", "declined", "declined again"}
+    for name in ("plain again", "declined", "declined again"):  # paired noise
+        assert rows[name]["same_winner"] == 1 and rows[name]["tokens_ratio"] == 1
     assert rows["balanced"]["tokens_ratio"] <= 1 and rows["balanced"]["retractions"] == 0

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks import serving
 from benchmarks.bench_plugin import Totals, _arrival, difference, plugin_env
 from benchmarks.clients import (
+    DECLINED,
     Sampled,
     Trace,
     doubling,
@@ -24,7 +26,9 @@ from benchmarks.clients import (
 from benchmarks.serving import Results, main, results_folder
 from benchmarks.serving_cells import (
     BY_NAME,
+    CAPACITY,
     CELLS,
+    DECLINED_AGAIN,
     LEVEL_SHARES,
     PLAIN_AGAIN,
     arrivals,
@@ -189,8 +193,11 @@ def test_there_are_twelve_cells_and_plain_is_first_and_last():
     for cell in CELLS:
         off, on = passes_of(cell)
         assert off[0] == "plain" and off[-1] == PLAIN_AGAIN and not any(map(is_of_plugin, off))
-        assert on[0] == "balanced" and all(map(is_of_plugin, on))
-    assert passes_of(CELLS[0], ["plain", "latency"]) == (["plain", PLAIN_AGAIN], ["latency"])
+        assert on[0] == DECLINED and on[1] == "balanced" and on[-1] == DECLINED_AGAIN
+        assert all(map(is_of_plugin, on))
+    off, on = passes_of(CELLS[0], ["plain", "latency"])
+    assert (off, on) == (["plain", PLAIN_AGAIN], [DECLINED, "latency", DECLINED_AGAIN])
+    assert passes_of(CELLS[0], ["pool4"]) == (["plain", "pool4", PLAIN_AGAIN], [])
 
 
 @pytest.mark.parametrize("count", [1, 4, 7, 60, 100])
@@ -219,6 +226,21 @@ def a_pass(policy, wall_s, *, answers=GOLD, tokens=(100, 300), **steps):
         "all8-real", policy, wall_s, list(answers), list(tokens), [8, 8], [1.0, wall_s],
         {**difference(Totals(), Totals()), **totals, **steps},
     )  # fmt: skip
+
+
+def test_whoever_declines_is_a_plain_pass_too():
+    passes = [a_pass("plain", 4.0), a_pass("balanced", 1.0), a_pass(DECLINED, 2.0)]
+    plain, ours, declined = cell_rows(BY_NAME["all8-real"], passes, ASKED)
+    assert plain["plain_questions_per_s"] == ours["plain_questions_per_s"] == 0.75
+    assert declined["plain_spread"] == pytest.approx(0.5 / 0.75)
+    assert ours["questions_per_s_ratio"] == pytest.approx(2.0 / 0.75)
+
+
+def test_ordinary_requests_are_part_of_a_poisson_load(tmp_path):
+    cell, results = BY_NAME["poisson80-real"], Results(tmp_path)
+    results.add(replace(a_pass(CAPACITY, 2.0), cell=cell.name))  # two questions: one a second
+    assert serving._rate(cell, results) == pytest.approx(0.8 - 1 / 16)
+    assert serving._rate(BY_NAME["all8-real"], results) == 0
 
 
 def test_ratios_are_to_the_mean_of_both_plain_passes():
@@ -277,7 +299,7 @@ def test_a_length_of_flat_steps_has_passes_and_a_report_of_its_own(tmp_path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = question_set(2)
     kept = Results(results_folder(2, 10.0))
-    for policy in ("plain", "balanced", PLAIN_AGAIN):
+    for policy in ("plain", "balanced", PLAIN_AGAIN, DECLINED, DECLINED_AGAIN):
         one = a_pass(policy, 2.0, answers=[question.answer for question in asked])
         kept.add(replace(one, cell="two16-flat"))
     assert kept.path.parent != results_folder(2) == results_folder(2, 25.0)
@@ -291,7 +313,13 @@ def test_a_length_of_flat_steps_has_passes_and_a_report_of_its_own(tmp_path, mon
     main()
     report = json.loads(out.read_text())
     assert report["flat_step_ms"] == 10
-    assert [row["policy"] for row in report["rows"]] == ["plain", "balanced", PLAIN_AGAIN]
+    assert [row["policy"] for row in report["rows"]] == [
+        "plain",
+        DECLINED,
+        "balanced",
+        DECLINED_AGAIN,
+        PLAIN_AGAIN,
+    ]
 
 
 @pytest.mark.parametrize("text", ["0", "-5", "nan", "inf"])
