@@ -17,8 +17,8 @@ abstention or without a verdict are left out, their share is `left_out`):
 - `same_*`: the vote's winner equals that of all n, by `vote_study`: clustering alone (`paper`),
   with the decided stop, and the rivals at the tokens of the latter.
 
-`_low` / `_high`: 95 % bootstrap interval over questions. `--folds K` refits a belief judge K times
-and judges each question with weights that never saw it.
+`_low` / `_high`: 95 % bootstrap interval over questions; `gain`'s of all cuts of the run together.
+`--folds K` refits a belief judge K times and judges each question with weights that never saw it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from sglang_deepprune.traces import (
 from sglang_deepprune.types import Pair, Trace
 
 TAUS = np.round(np.arange(0.30, 1.0, 0.01), 2)
+MIN_QUESTIONS = 60  # for a card that lets prune: a bad judge passes 20 in 8 % of the draws
 _BOOTSTRAP = 1000
 _MIN_MERGED = 20  # pairs; fewer say nothing about a rate
 
@@ -189,8 +190,10 @@ def _without_answer(trace: Trace) -> Trace:
     return replace(trace, answer=None)
 
 
-def evaluate(scored: Scored, judge: str, cut: str, rate: float, seed: int) -> Row:
-    """One row of the table."""
+def evaluate(
+    scored: Scored, judge: str, cut: str, rate: float, seed: int, num_cuts: int = 1
+) -> Row:
+    """One row of the table. `num_cuts`: of the run, among which the card takes the best."""
     labels, scores = scored.labels, scored.scores
     within = within_aurocs(scored)
     share = {q: labels[scored.questions == q].mean() for q in np.unique(scored.questions)}
@@ -211,12 +214,12 @@ def evaluate(scored: Scored, judge: str, cut: str, rate: float, seed: int) -> Ro
         "false_merge_unseen": false_merge_unseen(scored, rate, seed),
         "cost_ms": scored.cost_ms,
     }  # fmt: skip
-    row |= _votes(scored.cases, 0.5 if tau is None else tau, seed)
+    row |= _votes(scored.cases, 0.5 if tau is None else tau, seed, num_cuts)
     # Not every figure exists at every cut, and NaN is no JSON.
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
-def _votes(cases: Sequence[vote_study.Case], tau: float, seed: int) -> Row:
+def _votes(cases: Sequence[vote_study.Case], tau: float, seed: int, num_cuts: int) -> Row:
     plain = [vote_study.everybody(case) for case in cases]
     paper = [vote_study.clustered(case, tau, with_decided=False) for case in cases]
     both = [vote_study.clustered(case, tau, with_decided=True) for case in cases]
@@ -230,7 +233,7 @@ def _votes(cases: Sequence[vote_study.Case], tau: float, seed: int) -> Row:
     curve = vote_study.rival_curve(cases, with_decided=True, seed=seed)
     fewer = vote_study.rival_curve(cases, with_decided=False, seed=seed)
     rival = vote_study.equal_tokens(curve, budget)
-    low, high = _interval(same(both) - rival, seed)
+    low, high = _interval(same(both) - rival, seed, num_cuts)
     return {
         "same_paper": _mean(same(paper)),
         "tokens_paper": sum(one.tokens for one in paper) / total,
@@ -246,9 +249,11 @@ def _votes(cases: Sequence[vote_study.Case], tau: float, seed: int) -> Row:
     }  # fmt: skip
 
 
-def judge_rule(rows: Sequence[Row], num_siblings: int) -> tuple[bool, str]:
+def judge_rule(rows: Sequence[Row], num_siblings: int, num_questions: int) -> tuple[bool, str]:
     """Whether a judge may prune under `balanced`: where clustering with the decided stop keeps the
     winner at least as often as the decided stop alone at equal tokens, by the lower bound."""
+    if num_questions < MIN_QUESTIONS:
+        return False, f"{num_questions} questions are too few to tell, {MIN_QUESTIONS} the least"
     # A cut at which no tau keeps false merges low enough decides nothing.
     best = max(rows, key=lambda row: (row["tau"] is not None, row["gain_low"]))
     if best["tau"] is None:
@@ -278,12 +283,14 @@ def _mean(values: Any) -> float:
     return float(found.mean()) if found.size else float("nan")
 
 
-def _interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+def _interval(values: np.ndarray, seed: int, num_looks: int = 1) -> tuple[float, float]:
+    """95 % of the mean, of all `num_looks` such intervals together (Bonferroni)."""
     if not values.size:
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     means = values[rng.integers(0, len(values), (_BOOTSTRAP, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    outside = 0.025 / num_looks
+    low, high = np.quantile(means, [outside, 1 - outside])
     return float(low), float(high)
 
 
@@ -368,7 +375,7 @@ def main(argv: list[str]) -> int:
             print(f"sglang-deepprune eval-judge: {name}: {error}", file=sys.stderr)
             return 1
         if own:
-            verdicts[name] = judge_rule(own, size)
+            verdicts[name] = judge_rule(own, size, len(questions))
         rows += own
     if not rows:
         print("sglang-deepprune eval-judge: nothing could be judged", file=sys.stderr)
@@ -406,7 +413,7 @@ def _rows(
         if len(set(scored.labels.tolist())) < 2:
             print(f"{cut}: no pairs of both labels with a verdict; left out", file=sys.stderr)
             continue
-        rows.append(evaluate(scored, name, cut, args.false_merge, args.seed))
+        rows.append(evaluate(scored, name, cut, args.false_merge, args.seed, len(cuts)))
         curves[cut] = reliability(scored)
     return rows, curves
 

@@ -18,6 +18,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
+_CPUS = len(os.sched_getaffinity(0))  # as imported: a study may pin itself to fewer
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = (
     "torch",
@@ -71,7 +72,15 @@ def with_ratios(rows: list[Row], baseline: Row, keys: Iterable[str]) -> list[Row
 
 def command() -> str:
     """The command line, with paths relative to the repository, or bare names outside it."""
-    return " ".join(["python", *(_relative(argument) for argument in sys.argv)])
+    program, *arguments = sys.argv
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        start = ["python", "-m", spec.name.removesuffix(".__main__")]
+    elif Path(program).name == "sglang-deepprune":
+        start = ["sglang-deepprune"]
+    else:
+        start = ["python", _relative(program)]
+    return " ".join([*start, *map(_relative, arguments)])
 
 
 def versions() -> dict[str, str]:
@@ -89,7 +98,7 @@ def machine() -> dict[str, Any]:
     """The kind of machine, not which one."""
     return {
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": _CPUS,
         "cpu": _cpu_model(),
     }
 

@@ -93,7 +93,10 @@ def file(tmp_path: Path) -> Path:
     return recordings.write(tmp_path / "traces.jsonl", recordings.lettered(6, 6))
 
 
-def test_a_perfect_judge_and_its_card(tmp_path: Path, file: Path, capsys: Any):
+def test_a_perfect_judge_and_its_card(
+    tmp_path: Path, file: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(evaluation, "MIN_QUESTIONS", 6)
     oracle = tmp_path / "oracle.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     known = [{"text_prefix": row["text"], "answer": row["answer"]} for row in rows]
@@ -135,10 +138,19 @@ def test_a_cut_without_a_tau_does_not_hide_one_that_allows():
     base = {"same_cluster_decided": 1.0, "same_decided_equal_tokens": 0.9}
     rows = [{**base, "cut": cut, "tau": tau, "gain_low": low}
             for cut, tau, low in (("words:25", None, 0.05), ("share:0.5", 0.7, 0.04))]  # fmt: skip
-    may_prune, why = evaluation.judge_rule(rows, 16)
+    may_prune, why = evaluation.judge_rule(rows, 16, 60)
     assert may_prune and "share:0.5" in why
-    may_prune, why = evaluation.judge_rule(rows[:1], 16)
+    may_prune, why = evaluation.judge_rule(rows[:1], 16, 60)
     assert not may_prune and "false merges" in why
+    assert evaluation.judge_rule(rows, 16, 59) == (
+        False, "59 questions are too few to tell, 60 the least"
+    )  # fmt: skip
+
+
+def test_an_interval_is_wider_where_the_best_of_several_is_taken():
+    values = np.random.default_rng(0).normal(size=50)
+    one, eight = (evaluation._interval(values, 0, looks) for looks in (1, 8))
+    assert eight[0] < one[0] < one[1] < eight[1]
 
 
 def test_a_judge_without_knowledge_may_not_prune(file: Path, tmp_path: Path, capsys: Any):
