@@ -99,7 +99,7 @@ async def measure(
             shift = number % len(policies)
             for policy in (*policies[shift:], *policies[:shift]):
                 await flush(session, urls[policy])  # also waits for the last one's aborts
-                body = request_of(policy, asked[number], n, NOISE_SEED + number)
+                body = request_of(policy, asked[number % len(asked)], n, NOISE_SEED + number)
                 seen = await watch(session, urls[policy], body)
                 if number >= 0:
                     found[policy].append(seen)
