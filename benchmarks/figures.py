@@ -67,9 +67,10 @@ def served(name: str, cell: str, what: str) -> Line:
     return (
         f"Real server, {what}, n={ours['n']}, `balanced`",
         f"questions/s {times(ours['questions_per_s_ratio'])}, latency "
-        f"{times(ours['mean_latency_ratio'])}, tokens {times(ours['tokens_ratio'])}, same winner "
-        f"{ours['same_winner']:.2f}; best client pool ({pool['policy']}): questions/s "
-        f"{times(pool['questions_per_s_ratio'])}, latency {times(pool['mean_latency_ratio'])}",
+        f"{times(ours['mean_latency_ratio'])}, tokens {times(ours['tokens_ratio'])}, engine passes "
+        f"{times(ours['passes_ratio'])}, same winner {ours['same_winner']:.2f}; best client pool "
+        f"({pool['policy']}): questions/s {times(pool['questions_per_s_ratio'])}, latency "
+        f"{times(pool['mean_latency_ratio'])}, engine passes {times(pool['passes_ratio'])}",
         name,
     )
 
@@ -79,7 +80,7 @@ def neighbours() -> Line:
     ours = one(name, cell=cell, policy="balanced")
     pool = best_pool(name, cell, by=lambda row: -float(row["n1_p99_ratio"]))
     return (
-        "Ordinary n=1 requests beside groups that arrive at 80 % of what the server can do",
+        "Ordinary n=1 requests beside groups, together 90 % of what the server can do",
         f"p99 latency {times(ours['n1_p99_ratio'])}; beside {pool['policy']} "
         f"{times(pool['n1_p99_ratio'])}",
         name,
