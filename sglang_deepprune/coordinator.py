@@ -461,7 +461,7 @@ class Coordinator:
         group = self.runs[group_id].group
         sibling = group.siblings[index]
         sibling.doom, sibling.pruned_at = State.PRUNED, sibling.num_tokens or None
-        group.reason = "pruned: the KV pool was full"
+        group.reason = policy.POOL_FULL
         return Stop(group_id, index, State.PRUNED)
 
     def name_of(self, group_id: str, index: int) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_deepprune.findings import FAULT, NO_FAULT, WRONG_USAGE
-from sglang_deepprune.policy import ABANDONED, OPEN_ENDED, RENEWED
+from sglang_deepprune.policy import ABANDONED, OPEN_ENDED, POOL_FULL, RENEWED
 from sglang_deepprune.reply import ReplyError, read
 
 _MOST_ANSWERS = 4
@@ -37,6 +37,7 @@ _STATES = {
     "held": "{is_} held back",
     "expected": "{has} not come yet",
 }
+_GIVEN_UP = "{was} stopped when the group gave up"  # in place of "decided"
 
 
 def explain(group: dict[str, Any], texts: dict[int, str] | None = None) -> dict[str, Any]:
@@ -98,16 +99,23 @@ def _siblings(group: dict[str, Any]) -> list[str]:
     if not states:
         return []
     known = [*_STATES, *sorted(set(states) - set(_STATES))]
-    parts = [f"{states[state]} {_ended(state, states[state])}" for state in known if states[state]]
+    words = dict(_STATES)
+    if group["reason"].startswith("gave up"):
+        words["decided"] = _GIVEN_UP
+    parts = [
+        f"{states[state]} {_ended(words.get(state, state), states[state])}"
+        for state in known
+        if states[state]
+    ]
     preset = f", preset {group['preset']}" if group["preset"] else ""
     return [f"Of {_count(group['size'], 'sibling')}{preset}, {_listed(parts)}."]
 
 
-def _ended(state: str, number: int) -> str:
+def _ended(said: str, number: int) -> str:
     words = {"was": "was", "runs": "runs", "is_": "is", "has": "has"}
     if number != 1:
         words = {"was": "were", "runs": "run", "is_": "are", "has": "have"}
-    return _STATES.get(state, state).format(**words)
+    return said.format(**words)
 
 
 def _reason(group: dict[str, Any]) -> str:
@@ -129,14 +137,14 @@ def _reason(group: dict[str, Any]) -> str:
         return f"It ended early, without hope of a majority: {rest}."
     if kind == "aborted":
         return f"It lost siblings to aborts or errors of their own: {rest}."
+    if reason == POOL_FULL:
+        return "Siblings that the judge found redundant were stopped when the KV pool was full."
     if kind == "pruned":
         return f"The judge's clusters settled who ran on: {rest}."
     if kind == "redundant":
         return f"The judge found siblings redundant: {rest}."
     if reason == OPEN_ENDED:
-        return (
-            "Nobody was stopped: the first finishers held no answer, so there was no vote to win."
-        )
+        return "Nobody was stopped any more: the first three finishers held no answer."
     if reason == RENEWED:
         return "Nobody was stopped any more once the weights had changed under it."
     if reason == "all siblings finished":
@@ -186,7 +194,8 @@ def _odd(group: dict[str, Any], texts: dict[int, str]) -> list[str]:
         )
     elif silent:
         odd.append(f"{silent} finished without an answer that could be read, and abstained.")
-    if group["windows"] and not group["judge_calls"]:
+    # Where answers and texts are known to be equal, clusters form without asking the judge.
+    if group["windows"] and not group["judge_calls"] and not group["clusters"]:
         odd.append(
             f"The judge was handed {_count(group['windows'], 'window')} and had no verdict: the "
             f"group ended first, or it is loading, too slow, broken or not sure; see the server's "

@@ -28,6 +28,7 @@ from sglang_deepprune.types import ABSENT, Plan
 OPEN_ENDED = "open-ended: the first 3 finished siblings hold no answer"
 RENEWED = "the weights changed: its siblings ran on as plain sampling"
 ABANDONED = "an error of the plugin's own: its siblings ran on as plain sampling"
+POOL_FULL = "pruned: the KV pool was full"
 OPEN_ENDED_VOTES = 3
 AGED = 3  # mean trace lengths after which a group's claim begins to widen
 UNKNOWN_MEMBERS = 512  # siblings that a client-side group may still get while it is not closed

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from sglang_deepprune import cli, explain
-from sglang_deepprune.policy import ABANDONED, OPEN_ENDED, RENEWED
+from sglang_deepprune.policy import ABANDONED, OPEN_ENDED, POOL_FULL, RENEWED
 from sglang_deepprune.reply import SCHEMA, ReplyError, read
 from sglang_deepprune.types import ChoiceRecord, GroupRecord
 
@@ -80,7 +80,8 @@ def test_a_pruned_group_tells_of_clusters_and_of_the_tie():
     ("group", "said"),
     [
         (record(["finished"] * 3, abstentions=3), "All 3 that finished abstained"),
-        (record(["finished"] * 3, abstentions=3, reason=OPEN_ENDED), "no vote to win"),
+        (record(["finished"] * 3, abstentions=3, reason=OPEN_ENDED),
+         "Nobody was stopped any more: the first three finishers held no answer."),
         (record(["finished"] * 2, ["1", None], votes=(("1", 1),), answer="1", winner=0,
                 abstentions=1), "1 finished without an answer"),
         (record(["finished"], reason=RENEWED), "The weights changed while it ran"),
@@ -89,11 +90,20 @@ def test_a_pruned_group_tells_of_clusters_and_of_the_tie():
         (record(["failed", "aborted"]), "1 of the siblings was aborted"),
         (record(["finished"] * 3, reason="gave up: the leader has 2 of 16 votes"),
          "without hope of a majority: the leader has 2 of 16 votes"),
+        (record(["finished", "decided"], reason="gave up: the leader has 2 of 16 votes"),
+         "1 ran to the end and 1 was stopped when the group gave up."),
+        (record(["finished", "pruned"], reason=POOL_FULL),
+         "redundant were stopped when the KV pool was full"),
         (record(["finished"], reason="something new"), "Why it settled: something new."),
     ],
 )  # fmt: skip
 def test_what_is_odd_is_named(group: Any, said: str):
     assert said in words(group)
+
+
+def test_clusters_that_formed_without_the_judge_are_no_missing_verdict():
+    said = words(record(["finished"] * 2, windows=1, clusters=((0, 1),)))
+    assert "made 1 cluster of 2" in said and "had no verdict" not in said
 
 
 def test_a_vote_that_was_decided_when_all_had_ended_stopped_nobody():
