@@ -156,9 +156,10 @@ def plan_decided(group: Group) -> Plan:
     nobody left it is counted, not decided."""
     (a, b), k, remaining = top_votes(group), group.num_voted, num_remaining(group)
     config = group.config
-    if remaining == 0 or not config.decided_eps:
+    if remaining == 0 or config.preset == "collect":
         return Plan()
-    if decided(a, b, k, remaining, config.decided_eps, config.min_votes):
+    eps = config.decided_eps
+    if eps and decided(a, b, k, remaining, eps, config.min_votes):
         reason = f"decided: {a}:{b} of {k} votes, at most {remaining} to come"
     elif is_hopeless(group):
         reason = f"gave up: the leader has {a} of {k} votes"
@@ -173,7 +174,8 @@ def is_hopeless(group: Group) -> bool:
     enough = group.config.votes_to_give_up
     if not enough or group.num_voted < enough or not group.tally.is_settled:
         return False
-    return top_votes(group)[0] < group.config.give_up_share * group.num_voted
+    # With abstentions alone there is no answer to end with: that is `is_open_ended`'s to see.
+    return 0 < top_votes(group)[0] < group.config.give_up_share * group.num_voted
 
 
 def is_open_ended(group: Group) -> bool:

@@ -142,6 +142,13 @@ def test_collect_never_stops_anybody() -> None:
     assert policy.plan(group) == Plan()
 
 
+def test_collect_stops_nobody_where_the_server_sets_an_eps() -> None:
+    group = make_group(16, preset="collect", eps=0.05, give_up_votes=3, give_up_share=1.0)
+    for index in range(9):
+        vote(group, index, str(index % 2))
+    assert policy.plan(group) == Plan()
+
+
 def test_leftovers_of_a_decided_group_are_stopped() -> None:
     group = make_group(16, preset="latency")
     group.is_decided, group.reason = True, "decided: 3:0 of 3 votes"
@@ -344,6 +351,23 @@ def test_a_hopeless_group_gives_up_where_it_may() -> None:
         plan = policy.plan(group)
         assert plan.decided is expected
         assert plan.reason.startswith("gave up: the leader has 2 of 16") is expected
+
+
+def test_a_group_without_a_decided_stop_gives_up_all_the_same() -> None:
+    for preset, expected in (("economy", True), ("collect", False)):
+        group = lazy_group(64, 20, preset=preset, eps=0.0, give_up_votes=16)
+        for index in range(16):
+            vote(group, index, str(index % 8))
+        assert policy.plan(group).decided is expected
+
+
+def test_abstentions_alone_are_no_reason_to_give_up() -> None:
+    group = lazy_group(64, 20, preset="economy", give_up_votes=2, give_up_share=0.6)
+    vote(group, 0, None)
+    vote(group, 1, None)
+    assert not policy.plan(group).decided
+    vote(group, 2, "5")
+    assert policy.plan(group).reason == "gave up: the leader has 1 of 3 votes"
 
 
 def votes_until_decided(preset: str) -> int:
