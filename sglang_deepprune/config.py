@@ -199,7 +199,8 @@ class DeepPruneConfig:
         low=0, high=4096, kind=int,
     )  # fmt: skip
     eps: float | None = _setting(
-        None, "Chance of another winner below which a vote counts as decided; 0: never.",
+        None, "Modelled chance that the runner-up gets strictly more votes, below which a vote "
+        "counts as decided; ties and several rivals at once are left out. 0: never.",
         low=0.0, high=0.5, kind=float,
     )  # fmt: skip
     give_up_votes: int | None = _setting(

@@ -3,12 +3,12 @@
 Whom to start: `plan_claims`. A lazy group has a few siblings running (`width`), and each finished,
 undecided vote claims one more; `fill_order` names those that may start on top where rows are free.
 
-Whom to stop, two rules. The decided vote (`plan_decided`): nothing that still runs is likely to
-change the winner. The paper's pruning (`plan_deepprune`, section 4.2 of DeepPrune): siblings that a
-judge found to reach the same answer are redundant, K2 of the largest cluster run on and vote. The
-paper stops every trace that joins a cluster and yet wants K2 of them finished for the vote; online
-that means: the first K2 of a cluster run on (they are the furthest along, so the vote comes
-soonest) and whoever joins later stops at once.
+Whom to stop, two rules. The decided vote (`plan_decided`): the runner-up is unlikely to overtake
+with what still runs. The paper's pruning (`plan_deepprune`, section 4.2 of DeepPrune): siblings
+that a judge found to reach the same answer are redundant, K2 of the largest cluster run on and
+vote. The paper stops every trace that joins a cluster and yet wants K2 of them finished for the
+vote; online that means: the first K2 of a cluster run on (they are the furthest along, so the vote
+comes soonest) and whoever joins later stops at once.
 
 No rule stops the last sibling that could still bring an answer, or one that the judge was asked
 about and had no verdict on. Nothing here changes the group.
@@ -121,7 +121,12 @@ def chance_of_overtake(a: int, b: int, remaining_scaled: int) -> float:
 def decided(
     a: int, b: int, votes_in: int, remaining: int, eps: float, min_votes: int = OPEN_ENDED_VOTES
 ) -> bool:
-    """Whether the vote's winner is settled: another one has a chance below eps.
+    """Whether the vote counts as settled: the runner-up gets strictly more votes with a chance
+    below eps.
+
+    By the model above, and of the runner-up alone: left out are a tie, which goes to the class with
+    the lowest sibling index and so can change the winner, and several rivals at once. At 3:1 of
+    n=8, four to come, strictly ahead has a chance of .04 and a tie one of .13.
 
     `a`, `b`: votes of leader and runner-up; `votes_in`: ballots, abstentions included;
     `remaining`: siblings that may still vote. The share of these that is expected to go to one of

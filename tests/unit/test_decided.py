@@ -54,6 +54,15 @@ def test_a_tie_at_the_end_is_not_ahead() -> None:
     assert policy.chance_of_overtake(1, 0, 2) == pytest.approx(1 / 6)
 
 
+def test_a_vote_that_a_tie_could_still_turn_counts_as_decided() -> None:
+    """The numbers of docs/algorithm.md: three to one of eight, four to come."""
+    assert policy.chance_of_overtake(3, 1, 4) == pytest.approx(0.04, abs=0.005)
+    assert policy.decided(3, 1, 4, 4, 0.05)
+    # Of four draws from the urn 4:2, one is the leader's and three are the runner-up's.
+    tie = 4 * (4 * 2 * 3 * 4) / (6 * 7 * 8 * 9)
+    assert tie == pytest.approx(0.13, abs=0.005)
+
+
 def test_abstentions_count_as_ballots_and_not_as_votes() -> None:
     assert policy.decided(3, 0, 3, 61, 0.05) is False
     # Three of six abstained: half of the rest is expected to scatter, so fewer can overtake.
