@@ -81,12 +81,12 @@ class Tally:
     @property
     def open_questions(self) -> list[Question]:
         """Questions whose answer could still merge two classes."""
-        return [q for q in self._open.values() if self._root(q.low) != self._root(q.high)]
+        return list(self._open.values())
 
     @property
     def is_settled(self) -> bool:
         """No open question is left that could change the count."""
-        return not self.open_questions
+        return not self._open
 
     @property
     def leader(self) -> Standing | None:
@@ -126,13 +126,14 @@ class Tally:
         self._ballots.append([ballot])
         questions = [
             Question(low, new, self._answers[low], ballot.answer)
-            for low in doubtful[: max(0, MAX_QUESTIONS - len(self._open))]
+            for low in doubtful[: max(0, MAX_QUESTIONS - len(self._open))]  # the largest first
         ]
         self._open.update({(q.low, q.high): q for q in questions})
         return questions
 
     def _place(self, answer: str) -> tuple[int | None, list[int]]:
-        """The first class that holds the answer for certain, and those that may hold it.
+        """The first class that holds the answer for certain; and those that may hold it, largest
+        first: few questions are best asked about the classes that may win.
 
         Merged classes keep their first answers: what a ballot joins must not depend on which proofs
         have arrived before it.
@@ -153,7 +154,7 @@ class Tally:
             elif verdict is None:
                 doubtful.append(index)
         self._work.left -= before - max(0, mine.left)
-        return min(same, default=None), sorted(doubtful)
+        return min(same, default=None), doubtful
 
     def resolve(self, low: int, high: int, same: bool | None) -> None:
         """Answer a question; None (not shown equal) keeps the classes apart."""
@@ -162,6 +163,10 @@ class Tally:
         roots = sorted((self._root(low), self._root(high)))
         if same is True:
             self._parents[roots[1]] = roots[0]
+            # Those between classes that are one by now are moot, and make room for others.
+            self._open = {
+                key: q for key, q in self._open.items() if self._root(q.low) != self._root(q.high)
+            }
 
     def give_up(self) -> None:
         """Nobody waits for the open questions any longer: their classes stay apart."""

@@ -108,6 +108,22 @@ def test_hostile_group_asks_a_bounded_number_of_questions() -> None:
     assert len(counted.open_questions) <= 200 * MAX_QUESTIONS
 
 
+def test_the_last_questions_are_about_the_largest_classes() -> None:
+    counted = tally(*(f"x+{index}" for index in range(6)))  # 15 questions are open
+    for sibling in range(6, 9):
+        counted.add(Ballot("x+4", sibling))
+    (question,) = counted.add(Ballot("x+9", 9))
+    assert question.left == "x+4"
+
+
+def test_questions_that_a_merge_has_made_moot_leave_room_for_others() -> None:
+    counted = tally(*(f"x+{index}" for index in range(6)))
+    for high in range(1, 6):
+        counted.resolve(0, high, True)
+    assert counted.is_settled
+    assert len(counted.add(Ballot("x+9", 9))) == 6
+
+
 @given(st.permutations(list(itertools.combinations(range(5), 2))), st.sets(st.integers(0, 9)))
 def test_order_of_proofs_does_not_matter(order: list[tuple[int, int]], proven: set[int]) -> None:
     pairs = list(itertools.combinations(range(5), 2))
