@@ -322,6 +322,7 @@ class Coordinator:
             run.group.tally.give_up()
         elif isinstance(command, FenceResult):
             run.group.tally.resolve(command.low, command.high, command.is_same)
+            self._drop_moot(run.group)
         elif isinstance(command, Probe):
             return self._forks(run, command)
         else:
@@ -331,7 +332,7 @@ class Coordinator:
     def poll(self) -> list[Command]:
         """Leader only: what judge, fence and clock have to say by now. Never blocks."""
         commands, self._failed = self._failed, []
-        if self.fence is not None and self._asked:
+        if self.fence is not None:  # also with nothing asked: see `tidy`
             for ticket, is_same in self.fence.poll():
                 asked = self._asked.pop(ticket, None)
                 if asked is not None:
@@ -348,6 +349,12 @@ class Coordinator:
                 run.touched_s = now
                 commands.append(Close(group_id, epoch))
         return commands
+
+    def tidy(self) -> None:
+        """Leader, while no group lives: a pair that is in flight for a group that has ended is held
+        to its second all the same. Unasked, a hung child would compute without end."""
+        if self.fence is not None:
+            self.fence.poll()
 
     def retire(self, group_id: str, index: int, state: State, num_tokens: int) -> Retired | None:
         """A sibling has ended, exactly once. The last one brings the group's record."""
@@ -510,11 +517,24 @@ class Coordinator:
             self._num_awaited -= run.group.size
         if self.judge is not None:
             self.judge.drop(group_id)
-        stale = [ticket for ticket, one in self._asked.items() if one.group_id == group_id]
-        for ticket in stale:
+        self._unask([ticket for ticket, one in self._asked.items() if one.group_id == group_id])
+
+    def _drop_moot(self, group: Group) -> None:
+        """What a merge has answered is asked no more."""
+        still = {(question.low, question.high) for question in group.tally.open_questions}
+        self._unask(
+            [
+                ticket
+                for ticket, one in self._asked.items()
+                if one.group_id == group.group_id and (one.low, one.high) not in still
+            ]
+        )
+
+    def _unask(self, tickets: Sequence[int]) -> None:
+        for ticket in tickets:
             del self._asked[ticket]
-        if self.fence is not None and stale:
-            self.fence.drop(stale)
+        if self.fence is not None and tickets:
+            self.fence.drop(tickets)
 
     def _close(self, run: Run) -> None:
         """Time is out: whoever has not come will not be waited for."""

@@ -74,9 +74,15 @@ class Fence:
         return answered
 
     def drop(self, tickets: Iterable[int]) -> None:
-        """Nobody wants these answers any more."""
+        """Nobody wants these answers any more.
+
+        The pair in flight is not broken off: nearly all take milliseconds, and a new child would
+        load for a second or more, which the next pair would wait for. `poll` holds it to its limit,
+        so whoever drops must go on polling while `num_open` is not zero.
+        """
         gone = set(tickets)
         self._queue = deque(question for question in self._queue if question[0] not in gone)
+        self._answered = [answer for answer in self._answered if answer[0] not in gone]
 
     def equivalent(self, a: str, b: str) -> bool | None:
         """Blocking form for scripts: the answer to one pair; other answers stay for `poll`."""

@@ -409,6 +409,35 @@ def test_one_step_cuts_a_few_traces_and_the_next_ones_go_on():
     assert len(c.judge.tasks[0].traces) == 8  # type: ignore[union-attr]
 
 
+def test_the_fence_is_polled_when_the_group_that_asked_is_gone():
+    c = coordinator(preset="collect")
+    fill(c, 3)
+    end(c, 0, 8)
+    end(c, 1, 9)
+    c.abandon("g")
+    assert c.fence.dropped == [0] and c.is_idle  # type: ignore[union-attr]
+    c.fence.answers = [(0, None)]  # type: ignore[union-attr]
+    c.tidy()
+    assert not c.fence.answers  # type: ignore[union-attr]
+    fill(c, 2, "h")
+    c.fence.answers = [(0, None)]  # type: ignore[union-attr]
+    assert c.poll() == [] and not c.fence.answers  # type: ignore[union-attr]
+
+
+def test_a_question_that_a_merge_has_answered_is_taken_back():
+    c = coordinator(preset="collect")
+    TEXTS[50] = "\\boxed{1+2x+x^2}"
+    fill(c, 4)
+    for index, last in enumerate((8, 9, 50)):
+        end(c, index, last)
+    assert len(c.fence.asked) == 3  # type: ignore[union-attr]
+    c.fence.answers = [(0, True), (1, True)]  # type: ignore[union-attr]
+    for command in c.poll():
+        c.apply(command)
+    assert c.fence.dropped == [2] and c.sizes["questions"] == 0  # type: ignore[union-attr]
+    assert c.runs["g"].group.tally.is_settled
+
+
 def admit_lazy(c: Coordinator, size: int, gid: str = "g", **settings: Any) -> list[bool]:
     """Which of the siblings are held."""
     admissions = [c.admit(gid, index, size, settings, 100) for index in range(size)]

@@ -115,6 +115,16 @@ def test_a_group_whose_last_sibling_is_aborted_in_the_queue_keeps_its_record():
     assert not ours.pending
 
 
+def test_an_idle_server_holds_the_fence_to_its_limit(monkeypatch: pytest.MonkeyPatch):
+    ours = engine()
+    ours.gauges = SimpleNamespace(tick=lambda: None)  # type: ignore[assignment]
+    monkeypatch.setattr(hooks, "_engine", ours)
+    fence = ours.coordinator.fence
+    fence.answers = [(0, None)]  # type: ignore[union-attr]
+    assert hooks.poll_commands([], None) is None
+    assert not fence.answers and not ours.faults  # type: ignore[union-attr]
+
+
 def test_a_server_with_an_output_that_waits_for_the_fence_does_not_sleep(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -94,6 +94,21 @@ def test_pair_that_hung_once_is_not_tried_again(fake: Fence) -> None:
     assert fake._child.num_starts == starts
 
 
+def test_a_dropped_pair_is_held_to_its_limit_and_the_next_is_answered(fake: Fence) -> None:
+    assert fake.equivalent("s+2", "2+s") is True  # loaded
+    fake.drop([fake.ask(HANGS, flipped(HANGS))])
+    drain(fake)
+    assert fake.num_timeouts == 1 and fake.num_open == 0
+    assert fake.equivalent(SAME, flipped(SAME)) is True
+
+
+def test_answers_that_nobody_wants_do_not_come(fake: Fence) -> None:
+    known, queued = fake.ask("3/4", "0.75"), fake.ask(SAME, flipped(SAME))
+    last = fake.ask("s+2", "2+s")
+    fake.drop([known, last])
+    assert [ticket for ticket, _ in drain(fake)] == [queued]
+
+
 def test_poll_returns_at_once_while_the_child_hangs(fake: Fence) -> None:
     fake.ask(HANGS, flipped(HANGS))
     durations = []
