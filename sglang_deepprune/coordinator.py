@@ -262,8 +262,9 @@ class Coordinator:
                 continue
             group = run.group
             group.steps += 1
-            for index in siblings:
+            for index, output_ids in siblings.items():
                 sibling = group.siblings[index]
+                sibling.num_tokens = len(output_ids)
                 if sibling.state is State.QUEUED:
                     sibling.state = State.RUNNING
             if not group.config.is_judged:

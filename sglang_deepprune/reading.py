@@ -74,8 +74,6 @@ class TraceReader:
             if left <= 0 or len(self.traces) - num_before >= MOST_CUTS:
                 self.is_behind, self.has_more, self._next = bool(outputs), True, index
                 break
-            if not is_end:
-                sibling.num_tokens = len(outputs[index])
             ids = self.unread[index] if is_end else outputs[index]
             left -= self._advance_one(index, ids, is_end, left)
         return left

@@ -157,7 +157,7 @@ class ChoiceRecord:
     answer: str | None = None
     cluster: int | None = None
     similarity: float | None = None
-    pruned_at: int | None = None  # output tokens when the verdict struck
+    pruned_at: int | None = None  # output tokens when it was stopped
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

@@ -103,6 +103,17 @@ def test_three_equal_votes_of_eight_decide_and_stop_the_rest():
     assert c.is_idle
 
 
+def test_a_stopped_sibling_says_how_far_it_was_where_no_judge_is_asked_too():
+    c = coordinator(preset="latency")
+    fill(c, 8)
+    for length in range(1, 6):
+        step(c, list(range(7)), length)
+    for index in range(3):
+        end(c, index, 1)
+    siblings = c.runs["g"].group.siblings
+    assert (siblings[3].pruned_at, siblings[7].pruned_at) == (5, None)
+
+
 def test_greedy_siblings_save_nothing_and_that_is_said_once(caplog: pytest.LogCaptureFixture):
     c = coordinator(preset="latency")
     for group_id in ("g", "h"):
@@ -166,12 +177,12 @@ def verdict(c: Coordinator, *places: tuple[int, int], gid: str = "g", epoch: int
 def test_a_verdict_prunes_and_names_the_cluster_in_the_record():
     c = coordinator(preset="paper", cut="tokens", k2=1)
     fill(c, 3)
-    for length in range(1, 5):
+    for length in range(1, 7):  # the cut is at 4, and the judge takes its time
         step(c, [0, 1, 2], length)
     stops = c.apply(verdict(c, (0, 0), (1, 0), (2, 1)))
     assert stops == [Stop("g", 1, State.PRUNED), Stop("g", 2, State.PRUNED)]
     choice = c.retire("g", 1, State.PRUNED, 6).choice  # type: ignore[union-attr]
-    assert (choice.cluster, choice.state, choice.pruned_at) == (0, "pruned", 4)
+    assert (choice.cluster, choice.state, choice.pruned_at) == (0, "pruned", 6)
     assert choice.similarity == pytest.approx(0.9)
 
 
