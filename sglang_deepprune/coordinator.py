@@ -218,14 +218,18 @@ class Coordinator:
                 run.reader.prompt = self._prompt(prompt_ids)
         group = run.group
         if index == ABSENT:
-            taken = [i for i, s in group.siblings.items() if s.state is not State.EXPECTED]
+            taken = [
+                index
+                for index, one in group.siblings.items()
+                if one.state is not State.EXPECTED and not one.is_given_up
+            ]
             if len(taken) >= MOST_MEMBERS:
                 return None
             index = max(taken, default=-1) + 1
         run.touched_s = self.clock()
         sibling = group.siblings.setdefault(index, Sibling(index))
         if sibling.state.is_end:
-            sibling.state = State.EXPECTED  # given up on by time, and here it is
+            sibling.state, sibling.is_given_up = State.EXPECTED, False  # and here it is
         is_full = group.num_started >= policy.width(group)
         if sibling.state is State.EXPECTED:
             sibling.state = State.HELD if is_full else State.QUEUED
@@ -541,6 +545,7 @@ class Coordinator:
         """Time is out: whoever has not come will not be waited for."""
         run.group.is_closed = True
         for sibling in run.group.siblings.values():
+            sibling.is_given_up |= sibling.state is State.EXPECTED
             if sibling.state is State.EXPECTED and sibling.doom is not None:
                 sibling.state = sibling.doom = State.NOT_STARTED  # nor would it have been
             elif sibling.state is State.EXPECTED:

@@ -53,6 +53,7 @@ class Sibling:
     doom: State | None = None  # the end state it is about to reach
     pruned_at: int | None = None  # tokens generated when it was doomed
     answer: str | None = None  # as extracted, once finished
+    is_given_up: bool = False  # not seen when the group's time was out; its place is still its own
     has_voted: bool = False  # its ballot (an abstention too) is in
 
     @property

@@ -288,6 +288,21 @@ def test_a_sibling_that_comes_after_its_group_gave_it_up_is_one_of_it_all_the_sa
     assert c.is_idle
 
 
+def test_a_member_that_comes_after_the_time_out_takes_the_place_that_was_given_up():
+    c = coordinator(preset="collect", group_timeout_s=10.0)
+    for expected in range(2):
+        assert c.admit("g", ABSENT, 3, {}, 100) == Admission(expected)
+    c.clock.now = 11.0  # type: ignore[attr-defined]
+    for command in c.poll():
+        c.apply(command)
+    assert c.admit("g", ABSENT, 3, {}, 100) == Admission(2)
+    for index in range(3):
+        c.vote("g", [End(index, [0, 0, 1], False)])
+        retired = c.retire("g", index, State.FINISHED, 3)
+    assert retired is not None and retired.group is not None
+    assert retired.group.size == 3 and retired.group.votes == (("1", 3),)
+
+
 def test_a_stopped_sibling_that_nobody_sends_was_never_started():
     c = coordinator(preset="latency", group_timeout_s=10.0)
     for index in range(4):
