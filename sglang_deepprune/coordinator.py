@@ -371,7 +371,7 @@ class Coordinator:
         sibling.state, sibling.doom, sibling.num_tokens = state, None, num_tokens
         run.reader.drop(index)
         is_over = group.is_over and (group.is_closed or not run.is_client_side)
-        if is_over and not group.tally.is_settled and not run.is_client_side:
+        if is_over and not group.tally.is_settled:
             run.over_s = self.clock()
             return Retired(choice_of(sibling), is_pending=True)
         choice, record = choice_of(sibling), None

@@ -238,6 +238,27 @@ def test_the_last_output_waits_for_the_fence_and_equal_answers_become_one_vote()
     assert c.is_idle
 
 
+@pytest.mark.parametrize("size", [2, 0])
+def test_a_client_side_groups_last_output_waits_for_the_fence_too(size: int):
+    c = coordinator(preset="collect", group_timeout_s=10.0)
+    for _ in range(2):
+        c.admit("g", ABSENT, size, {}, 100)
+    if not size:
+        c.clock.now = 11.0  # type: ignore[attr-defined]
+        for command in c.poll():
+            c.apply(command)
+    end(c, 0, 8)
+    c.vote("g", [End(1, [0, 0, 9], False)])
+    retired = c.retire("g", 1, State.FINISHED, 3)
+    assert retired is not None and retired.is_pending and retired.group is None
+    c.fence.answers = [(0, True)]  # type: ignore[union-attr]
+    for command in c.poll():
+        c.apply(command)
+    record = c.settle("g")
+    assert record is not None and record.settled and record.votes == (("(x+1)^2", 2),)
+    assert c.is_idle
+
+
 def test_three_finishers_without_an_answer_release_the_group():
     c = coordinator(preset="latency")
     fill(c, 8)

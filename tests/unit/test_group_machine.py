@@ -155,7 +155,7 @@ class Ranks(RuleBasedStateMachine):
             assert gid not in self.pending
             self.pending[gid] = (index, retired)
         elif retired.group is not None and retired.group.settled:
-            assert group.tally.is_settled or known.is_client_side, "the fence was not waited for"
+            assert group.tally.is_settled, "the fence was not waited for"
             self.settled(gid, retired.group)
         if state in (State.ABORTED, State.FAILED):
             self.lost.add(gid)
