@@ -10,6 +10,7 @@ from sglang_deepprune import __version__
 from sglang_deepprune.answers import Fence
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
+from sglang_deepprune.ending import mark_ids_of
 from sglang_deepprune.judges.permission import sentence
 from sglang_deepprune.judging import JudgeWorker
 from sglang_deepprune.metrics import JUDGE_FAILURES, Failure
@@ -87,8 +88,9 @@ def build_engine(scheduler: Any, config: DeepPruneConfig) -> Engine:
     if is_leader and getattr(scheduler.model_config, "is_multimodal", False):
         logger.warning(server_args.UNTESTED, "a multimodal model")
     coordinator = Coordinator(
-        config, decode, read=plain_decoder(tokenizer), judge=judge, fence=fence, meter=meter
-    )
+        config, decode, read=plain_decoder(tokenizer), mark_ids=mark_ids_of(tokenizer),
+        judge=judge, fence=fence, meter=meter,
+    )  # fmt: skip
     if is_leader:
         logger.info(
             "deepprune %s is active: SGLang %s, %d seams, preset %s, %s, overlap %s, default %s",

@@ -249,8 +249,9 @@ class DeepPruneConfig:
         0, "Seed of the members drawn for sim(t_i, c_j).", low=0, high=2**31 - 1, kind=int
     )
     answer_field: str = _setting(
-        "", "JSON field that holds the answer of a structured output.", kind=str
-    )
+        "", "JSON field that holds the answer of a structured output, which is then read whole, to "
+        "32,768 characters; a longer one abstains.", kind=str
+    )  # fmt: skip
     returns: str = _setting(
         "all", "Choices that come back: all, those that finished, or the vote's winner alone.",
         choices=RETURNS, key="return",

@@ -13,13 +13,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_deepprune import policy, tau
 from sglang_deepprune.answers import Fence, extract
 from sglang_deepprune.config import DeepPruneConfig
+from sglang_deepprune.ending import EndingReader
 from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.judging import JudgeWorker
 from sglang_deepprune.metrics import GROUPS, VERDICT_LATENCY, Meter, Reason, count_group
@@ -46,8 +47,6 @@ Command = JudgeResult | FenceResult | Close | Expire | Probe
 HOLD_LIMIT_S = 2.0  # the longest that a finished group's last output waits for the fence
 MOST_MEMBERS = 4096  # of a client-side group; whoever comes later is a plain request
 MOST_AWAITED = 65_536  # siblings of all client-side groups: one request may announce thousands
-ANSWER_TAIL_CHARS = 32_768  # a token may be a run of a hundred spaces
-ANSWER_TAIL_TOKENS = 2048  # an answer stands at a trace's end; decoding more would cost a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +146,7 @@ class Coordinator:
         decode: Callable[[Sequence[int]], str],
         *,
         read: Callable[[Sequence[int]], str] | None = None,
+        mark_ids: Collection[int] = (),
         judge: JudgeWorker | ProbeDesk | None = None,
         fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -154,6 +154,7 @@ class Coordinator:
     ):
         self.config = config
         self.decode = decode  # for answers: control tokens stay, they mark the thinking's end
+        self.endings = EndingReader(decode, mark_ids)
         self.read = read or decode  # for judges: plain text, the same for every longer prefix
         self.judge = judge  # the leader's only
         self.desk = judge if isinstance(judge, ProbeDesk) else None  # the same, if it is a probe's
@@ -301,13 +302,18 @@ class Coordinator:
         sibling = group.siblings[end.index]
         sibling.doom = None
         sibling.num_tokens = len(end.output_ids)
-        text = self.decode(end.output_ids[-ANSWER_TAIL_TOKENS:])[-ANSWER_TAIL_CHARS:]
-        found = extract(
-            text,
-            is_cut=end.is_cut,
-            json_field=group.config.answer_field or None,
-            starts_in_reasoning=run.starts_in_reasoning,
+        field = group.config.answer_field or None
+        ending = self.endings.read(
+            end.output_ids, starts_inside=run.starts_in_reasoning, is_whole=field is not None
         )
+        found = None
+        if ending is not None:
+            found = extract(
+                ending.text,
+                is_cut=end.is_cut,
+                json_field=field,
+                starts_in_reasoning=ending.is_inside,
+            )
         sibling.answer = found.answer if found else None
         sibling.has_voted = True
         if group.config.is_judged:

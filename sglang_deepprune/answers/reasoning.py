@@ -20,6 +20,7 @@ _MARK = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_CHANNEL = re.compile(r"<\|?channel\|?>", re.IGNORECASE)  # a mark with the word behind it
 # What chat templates leave in a text: a border between sentences, never part of an answer.
 _CONTROL = re.compile(r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</?s>|<(?:eos|bos|end_of_turn|start_of_turn)>")
 
@@ -55,6 +56,16 @@ def split_reasoning(text: str, *, starts_inside: bool = False) -> Split:
         outside.append(text[position:])
     said = tuple(without_control(part) for part in reversed(outside) if part.strip())
     return Split(said, without_control("\n".join(inside)), is_open)
+
+
+def marks(text: str) -> list[bool]:
+    """For each mark in the text, in order, whether it opens the thinking."""
+    return [mark["open"] is not None for mark in _MARK.finditer(text)]
+
+
+def begins_mark(token: str) -> bool:
+    """Whether a token's text is a mark, or the first part of one that only its next word tells."""
+    return bool(_MARK.fullmatch(token) or _CHANNEL.fullmatch(token))
 
 
 def without_control(text: str) -> str:

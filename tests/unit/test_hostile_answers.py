@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sglang_deepprune.answers import canonical, compare, extract
 from sglang_deepprune.answers.folding import MAX_CHARS
-from sglang_deepprune.coordinator import ANSWER_TAIL_CHARS
+from sglang_deepprune.ending import TAIL_CHARS
 from sglang_deepprune.truncation import TokenCut, WordCut
 from sglang_deepprune.voting import BALLOT_WORK, MAX_QUESTIONS, Ballot, Tally
 from sglang_deepprune.words import REASONING_WORDS
@@ -83,7 +83,7 @@ def cold_ms(call: Callable[[], Any]) -> float:
 
 def check_trace(text: str) -> None:
     """As `Coordinator.vote` does it."""
-    text = text[-ANSWER_TAIL_CHARS:]
+    text = text[-TAIL_CHARS:]
     for is_cut in (False, True):
         found = extract(text, is_cut=is_cut)
         assert found is None or 0 < len(found.answer) <= MAX_CHARS
