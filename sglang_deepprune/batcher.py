@@ -110,11 +110,16 @@ class Batcher:
             return
         start = time.monotonic()
         asked = [pair for run in runs for pair in run.asked]
+        scores: list[float] = []
         try:
             scores = self._scored(asked)
         except _OutOfTime:
             raise
-        except Exception:  # whoever's fault it is, it stays with one group
+        except Exception:
+            # Nothing is tried again in here: the error holds the frames of the failed pass, and
+            # these its tensors, which a GPU that has just run out of memory needs back first.
+            pass
+        if not scores:  # whoever's fault it is, it stays with one group
             for run in runs:
                 run.ask(self._scored)
             return

@@ -4,6 +4,7 @@ fault."""
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -92,6 +93,24 @@ def test_a_group_that_makes_the_judge_raise_spoils_its_own_result_alone():
     assert [result.error is None for result in results] == [True, False, True]
     assert results[1].error is not None and "RuntimeError" in results[1].error
     assert [one.cluster for one in results[2].assignments] == [0, 1, 0, 1, 0, 1]
+
+
+def test_what_a_failed_call_held_is_let_go_before_its_groups_are_tried_one_by_one():
+    class Greedy(Judge):
+        held: weakref.ref[np.ndarray] | None = None
+
+        def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+            big = np.zeros(9)
+            if len({pair.group_id for pair in pairs}) > 1:
+                self.held = weakref.ref(big)
+                raise MemoryError("of a device")
+            assert self.held is None or self.held() is None, "the failed pass still lives"
+            return super().score(pairs)
+
+    judge = Greedy()
+    results = warm(judge)([task("a"), task("b"), task("c")])
+    assert judge.held is not None
+    assert [result.error for result in results] == [None] * 3
 
 
 def test_more_groups_than_the_time_allows_are_left_for_a_later_batch():
