@@ -26,9 +26,10 @@ from sglang_deepprune.clustering import JudgeError, Placed, checked, placing
 from sglang_deepprune.types import JudgeResult, JudgeTask, Pair
 
 MAX_CHUNK_TOKENS = 65_536  # of the pairs that groups side by side may ask about
-CALL_PAIRS = 64  # of one call: what a process does between two looks at the clock
+CALL_PAIRS = 64  # of one call at most: what a process does between two looks at the clock
+_CALL_SHARE = 0.5  # of the time left, that a call is meant to take at most
 _PATIENCE = 1.8  # times the budget, half the deadline: who still asks then has no verdict
-_KEPT_RATE = 0.5  # of the old rate, when a chunk has told a new one
+_KEPT_RATE = 0.5  # of the old rate, when a chunk or a call has told a new one
 
 
 class Batcher:
@@ -48,7 +49,9 @@ class Batcher:
         self.budget_s = budget_s
         self.is_mixing = bool(getattr(judge, "mixes_groups", False))
         self._stop_s = math.inf  # when the batch at hand must be answered
-        self._longest_s = 0.0  # of its calls
+        self._num_calls = 0  # of the batch at hand
+        self._quickest_s = 0.0  # of its calls; 0: none has ended
+        self._pair_s = 0.0  # seconds a pair; 0: not known yet. A process keeps it across batches
         self._rate = 0.0  # tokens a second, as `expected_tokens` counts them; 0: not known yet
 
     def __call__(self, tasks: Sequence[JudgeTask], ended: Sequence[str] = ()) -> list[JudgeResult]:
@@ -61,13 +64,14 @@ class Batcher:
             self.judge.forget(ended)
         begin = time.monotonic()
         end, self._stop_s = begin + self.budget_s, begin + _PATIENCE * self.budget_s
-        self._longest_s = 0.0
+        self._num_calls, self._quickest_s = 0, 0.0
         if hasattr(self.judge, "until"):
             self.judge.until = self._stop_s
         results: list[JudgeResult] = []
         while len(results) < len(tasks):
             left_s = end - time.monotonic()
-            if results and left_s <= 0:
+            # What would not end in time waits for the next batch, and has all of that one's.
+            if results and left_s <= self._expected_s(tasks[len(results)]):
                 break
             chunk = self._chunk(tasks[len(results) :], left_s)
             results += self._answer(chunk)
@@ -82,6 +86,9 @@ class Batcher:
         while count < len(tasks) and used + (more := expected_tokens(tasks[count])) <= room:
             count, used = count + 1, used + more
         return tasks[:count]
+
+    def _expected_s(self, task: JudgeTask) -> float:
+        return expected_tokens(task) / self._rate if self._rate else 0.0
 
     def _answer(self, tasks: Sequence[JudgeTask]) -> list[JudgeResult]:
         start = time.monotonic()
@@ -129,16 +136,34 @@ class Batcher:
             run.learn(own, share_s * len(own))
 
     def _scored(self, pairs: Sequence[Pair]) -> list[float]:
-        """[num_pairs] the judge's scores, in calls of CALL_PAIRS; none is begun that would not end
-        in time, if it takes as long as the longest one of this batch. Raises `_OutOfTime`."""
+        """[num_pairs] the judge's scores, in calls that should end in time. Raises `_OutOfTime`."""
         scores: list[float] = []
-        for place in range(0, len(pairs), CALL_PAIRS):
-            some, start = pairs[place : place + CALL_PAIRS], time.monotonic()
-            if start + self._longest_s > self._stop_s:
-                raise _OutOfTime("more comparisons than its time allows")
+        while len(scores) < len(pairs):
+            start = time.monotonic()
+            size = self._call_size(len(pairs) - len(scores), self._stop_s - start)
+            some = pairs[len(scores) : len(scores) + size]
+            self._num_calls += 1
             scores += checked(self.judge.score(some), len(some))
-            self._longest_s = max(self._longest_s, time.monotonic() - start)
+            self._learn(len(some), time.monotonic() - start)
         return scores
+
+    def _call_size(self, num_asked: int, left_s: float) -> int:
+        """Pairs of the next call, by how fast the judge was so far. Raises `_OutOfTime` where not
+        even one would end in time: but the first of a batch is always asked, as what is known of
+        the judge may be wrong."""
+        # A call has its price, however few pairs it holds.
+        if self._num_calls and max(self._pair_s, self._quickest_s) > left_s:
+            raise _OutOfTime("more comparisons than its time allows")
+        if not self._pair_s:
+            # Scores that depend on the company in a call must not depend on the clock.
+            return min(num_asked, 1 if self.is_mixing else CALL_PAIRS)
+        return int(min(num_asked, CALL_PAIRS, max(1.0, _CALL_SHARE * left_s / self._pair_s)))
+
+    def _learn(self, num_pairs: int, spent_s: float) -> None:
+        self._quickest_s = min(self._quickest_s or spent_s, spent_s)
+        pair_s = max(spent_s / num_pairs, 1e-9)
+        old = self._pair_s or pair_s
+        self._pair_s = _KEPT_RATE * old + (1 - _KEPT_RATE) * pair_s
 
 
 class _OutOfTime(JudgeError):

@@ -27,14 +27,15 @@ class Judge:
     name = "parity"
     mixes_groups = True
 
-    def __init__(self, pause_s: float = 0.0) -> None:
+    def __init__(self, pause_s: float = 0.0, pair_s: float = 0.0) -> None:
         self.calls: list[list[str]] = []
         self.ended: list[str] = []
         self.pause_s = pause_s
+        self.pair_s = pair_s
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         self.calls.append([pair.group_id for pair in pairs])
-        time.sleep(self.pause_s)
+        time.sleep(self.pause_s + self.pair_s * len(pairs))
         if any("boom" in pair.left.text for pair in pairs):
             raise RuntimeError("of one group")
         same = [pair.left.sibling % 2 == pair.right.sibling % 2 for pair in pairs]
@@ -113,6 +114,14 @@ def test_what_a_failed_call_held_is_let_go_before_its_groups_are_tried_one_by_on
     assert [result.error for result in results] == [None] * 3
 
 
+def test_a_group_that_would_not_end_in_time_waits_for_the_next_batch():
+    batcher = Batcher(Judge(pair_s=0.01), budget_s=0.7)
+    short, long = task("short", 4), task("long", 14)  # 6 pairs, and 91
+    assert [one.group_id for one in batcher([short, long])] == ["short"]
+    (result,) = batcher([long])
+    assert result.group_id == "long" and result.error is None
+
+
 def test_more_groups_than_the_time_allows_are_left_for_a_later_batch():
     judge = Judge(pause_s=0.02)
     batcher = warm(judge, budget_s=0.4)  # a task takes seven calls
@@ -140,13 +149,45 @@ def test_a_call_that_would_not_end_in_time_is_not_begun():
 
 
 def test_a_round_of_many_pairs_is_cut_into_calls():
-    judge = Judge(pause_s=0.05)
-    batcher = Batcher(judge, budget_s=0.2)
-    batcher._stop_s = time.monotonic() + 0.12
-    pairs = [Pair(Trace(i, "a", 1, "end"), Trace(i + 1, "b", 1, "end")) for i in range(300)]
+    judge = Judge()
+    warm(judge)._scored(pairs_of(150))
+    assert [len(call) for call in judge.calls] == [64, 64, 22]
+
+
+def pairs_of(count: int) -> list[Pair]:
+    traces = [Trace(i, str(i), 1, "end") for i in range(count + 1)]
+    return [Pair(left, right) for left, right in zip(traces, traces[1:], strict=False)]
+
+
+def test_a_slow_judge_gets_no_more_pairs_a_call_than_it_can_score_in_time():
+    """One that reads 100 pairs a second began 64 of them with a quarter second left."""
+    judge = Judge(pair_s=0.01)
+    batcher = Batcher(judge, budget_s=0.25)
+    batcher._stop_s = time.monotonic() + 0.25
+    start = time.monotonic()
     with pytest.raises(JudgeError, match="more comparisons"):
-        batcher._scored(pairs)
-    assert [len(call) for call in judge.calls] == [64, 64]
+        batcher._scored(pairs_of(300))
+    assert time.monotonic() - start < 0.27
+    assert len(judge.calls[0]) == 1 and 5 < max(map(len, judge.calls)) < 15
+    judge.calls.clear()
+    batcher([task("next", 40)])
+    assert max(map(len, judge.calls)) < 30, "what it knows outlives a batch"
+
+
+def test_one_slow_call_does_not_end_a_judge():
+    judge = Judge(pause_s=0.5)
+    batcher = Batcher(judge, budget_s=0.2)
+    batcher([task("compiles", 2)])
+    judge.pause_s = 0.0
+    results = [batcher([task("later", 3)])[0] for _ in range(3)]
+    assert results[-1].error is None
+
+
+def test_scores_that_depend_on_their_company_are_asked_in_the_same_calls_each_time():
+    judge = Judge()
+    judge.mixes_groups = False
+    Batcher(judge)._scored(pairs_of(150))
+    assert [len(call) for call in judge.calls] == [64, 64, 22]
 
 
 def test_the_judge_knows_when_it_must_be_done():
