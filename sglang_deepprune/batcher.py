@@ -15,6 +15,7 @@ Only a judge whose scores do not depend on the company in a call says so (`mixes
 from __future__ import annotations
 
 import math
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -136,14 +137,21 @@ class Batcher:
             run.learn(own, share_s * len(own))
 
     def _scored(self, pairs: Sequence[Pair]) -> list[float]:
-        """[num_pairs] the judge's scores, in calls that should end in time. Raises `_OutOfTime`."""
+        """[num_pairs] the judge's scores, in calls that should end in time. Raises `_OutOfTime`,
+        `DeviceLost`."""
         scores: list[float] = []
         while len(scores) < len(pairs):
             start = time.monotonic()
             size = self._call_size(len(pairs) - len(scores), self._stop_s - start)
             some = pairs[len(scores) : len(scores) + size]
             self._num_calls += 1
-            scores += checked(self.judge.score(some), len(some))
+            try:
+                found = self.judge.score(some)
+            except Exception as error:
+                if is_device_lost(error):
+                    raise DeviceLost(type(error).__name__) from error
+                raise
+            scores += checked(found, len(some))
             self._learn(len(some), time.monotonic() - start)
         return scores
 
@@ -164,6 +172,11 @@ class Batcher:
         pair_s = max(spent_s / num_pairs, 1e-9)
         old = self._pair_s or pair_s
         self._pair_s = _KEPT_RATE * old + (1 - _KEPT_RATE) * pair_s
+
+
+class DeviceLost(BaseException):
+    """The judge's GPU has failed for as long as its process lives. No `Exception`: it is no single
+    task's fault."""
 
 
 class _OutOfTime(JudgeError):
@@ -235,6 +248,21 @@ def expected_tokens(task: JudgeTask) -> int:
     compared += min(task.num_compared * task.max_clusters, len(task.traces) // 2)
     mean = sum(trace.num_tokens for trace in task.traces) / len(task.traces)
     return max(1, int(2 * mean * compared * len(task.traces)))
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether every later CUDA call of this process will fail as this one did (an illegal access,
+    an assertion on the device). One that found no memory may work the next time."""
+    torch = sys.modules.get("torch")  # a judge without it has no such errors
+    if torch is None:
+        return False
+    text = str(error)
+    if "out of memory" in text:
+        return False
+    # torch before 2.8 raises a plain RuntimeError.
+    kind = getattr(torch, "AcceleratorError", None)
+    is_plain = type(error) is RuntimeError and text.startswith("CUDA error")
+    return is_plain if kind is None else isinstance(error, kind)
 
 
 def reason(error: Exception) -> str:

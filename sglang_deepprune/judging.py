@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TypeGuard
 
-from sglang_deepprune.batcher import Batcher
+from sglang_deepprune.batcher import Batcher, DeviceLost
 from sglang_deepprune.child import Child
 from sglang_deepprune.judges import OWN, is_remote_model, load_judge, memory
 from sglang_deepprune.judges import attention as chosen_attention
@@ -41,7 +43,16 @@ Answer = Callable[[tuple[list[JudgeTask], list[str]]], list[JudgeResult]]
 def make_worker(spec: str, budget_s: float = math.inf) -> Answer:
     """Child side: (tasks, groups that have ended) -> results of the first tasks (`batcher.py`)."""
     batcher = Batcher(load_judge(spec), budget_s)
-    return lambda request: batcher(*request)
+
+    def answer(request: tuple[list[JudgeTask], list[str]]) -> list[JudgeResult]:
+        try:
+            return batcher(*request)
+        except DeviceLost as error:
+            # At once: to take a broken CUDA context down in order may hang. The parent starts anew.
+            print(f"deepprune: the judge's GPU has failed ({error})", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    return answer
 
 
 def child_env(

@@ -68,6 +68,22 @@ def raising() -> ScriptedJudge:
     return ScriptedJudge(score)
 
 
+def device_lost_once() -> ScriptedJudge:
+    """The first process's CUDA context breaks at its first call, for good."""
+    import torch
+
+    flag = Path(os.environ["FAULTY_JUDGES_FLAG"])
+    is_broken = not flag.exists()
+    flag.touch()
+
+    def score(pairs: Sequence[Pair]) -> np.ndarray:
+        if not is_broken:
+            return np.ones(len(pairs), dtype=np.float32)
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    return ScriptedJudge(score)
+
+
 def raising_for_left_out() -> ScriptedJudge:
     """Fails for the traces that say so, and for no other group of the batch."""
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from sglang_deepprune.batcher import is_device_lost
 from sglang_deepprune.judging import JudgeWorker, child_env
 from sglang_deepprune.metrics import JUDGE_FAILURES, JUDGE_RESTARTS
 from sglang_deepprune.types import ABSENT, JudgeResult, JudgeTask, Trace
@@ -357,6 +359,35 @@ def test_close_ends_the_process_and_later_tasks_fail(make):
     while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
         worker._child.poll()  # reaps
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_gpu_that_has_failed_for_good_costs_a_process_and_not_the_judge(
+    make, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("FAULTY_JUDGES_FLAG", str(tmp_path / "broken"))
+    worker = make("device_lost_once")
+    worker.meter = tally = Tally()
+    worker.submit(task("a"))
+    (lost,) = results_of(worker, 1)
+    assert lost.error == "the child has ended"
+    worker.submit(task("b"))
+    (result,) = results_of(worker, 1)
+    assert result.error is None and tally.of(JUDGE_FAILURES) == {"end": 1}
+
+
+def test_which_errors_of_a_gpu_are_for_good():
+    lost = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    assert is_device_lost(lost)
+    assert not is_device_lost(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert not is_device_lost(torch.AcceleratorError("CUDA error: out of memory"))
+    assert not is_device_lost(RuntimeError("shapes do not match"))
+
+
+def test_before_torch_2_8_they_are_told_by_their_text(monkeypatch):
+    monkeypatch.delattr(torch, "AcceleratorError")
+    assert is_device_lost(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_device_lost(RuntimeError("CUDA out of memory"))
+    assert not is_device_lost(ValueError("CUDA error"))
 
 
 def test_only_a_judge_of_your_own_may_see_gpus():
