@@ -45,6 +45,8 @@ class LLMJudge:
         room = memory.take(self.model)
         self.pass_tokens = room.pass_tokens if room else memory.PASS_TOKENS  # bounds its memory
         limit = int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
+        if room:  # a pass holds one prompt at least, and no memory is planned for a longer one
+            limit = min(limit, room.pass_tokens)
         folder = path if Path(path).is_dir() else None
         self.prompts = PromptWriter(tokenizer, load_settings(folder), limit)
         self.head = LabelHead(self.model, self.prompts.label_ids)

@@ -1,10 +1,11 @@
 """What a language model judge may take of a device, `--deepprune-judge-mem` MiB in all.
 
 Its weights come first; of the rest a share keeps prefixes, and what is left bounds the tokens of a
-packed pass. `check_memory` runs in the server's main process and reads files alone: their headers
-tell the size of the weights. In the judge's process `Room` holds the device to the number and, on a
-GPU, takes it all at once, before SGLang measures what is free for its KV pool
-(`patches/build.py::start_judge_early`): a judge never takes memory that the pool was given.
+packed pass, and so those of a prompt. `check_memory` runs in the server's main process and reads
+files alone: their headers tell the size of the weights. In the judge's process `Room` holds the
+device to the number and, on a GPU, takes it all at once, before SGLang measures what is free for
+its KV pool (`patches/build.py::start_judge_early`): a judge never takes memory that the pool was
+given.
 """
 
 from __future__ import annotations

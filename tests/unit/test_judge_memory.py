@@ -89,6 +89,21 @@ def test_a_judge_keeps_to_its_number(base: Path, monkeypatch: pytest.MonkeyPatch
         LLMJudge(str(base))
 
 
+def test_no_prompt_is_longer_than_the_pass_that_memory_was_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = lm_judge.make_base(tmp_path)
+    place = base / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"max_position_embeddings": 8192}))
+    long = [Trace(i, "so it is east " * 900, 4, "tokens") for i in range(2)]
+    (usual,) = LLMJudge(str(base)).prompts.write([Pair(*long)])
+    monkeypatch.setenv(memory.ENV, "8")
+    judge = LLMJudge(str(base))
+    (prompt,) = judge.prompts.write([Pair(*long)])
+    assert len(prompt.prefix) + len(prompt.rest) <= judge.pass_tokens
+    assert judge.pass_tokens < len(usual.prefix) + len(usual.rest)
+
+
 def test_a_judge_on_a_gpu_is_loaded_before_the_servers_model(monkeypatch: pytest.MonkeyPatch):
     from sglang_deepprune.patches import build, hooks, server_args
 
