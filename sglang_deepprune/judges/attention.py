@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ENV = "DEEPPRUNE_JUDGE_ATTENTION"  # how the judge's process is told
 FLASHINFER = "flashinfer"
+WORKSPACE_BYTES = 128 << 20  # of each of its two wrappers, as FlashInfer recommends
 
 # (q, k, v, tree, scale) -> out, as `kernels.prefix_attention`
 Attend = Callable[[Any, Any, Any, Any, "float | None"], Any]
@@ -24,6 +25,11 @@ Attend = Callable[[Any, Any, Any, Any, "float | None"], Any]
 
 def is_flashinfer_installed() -> bool:
     return find_spec(FLASHINFER) is not None
+
+
+def workspace_bytes(chosen: str) -> int:
+    """What the attention that was chosen holds of a GPU for as long as the judge lives."""
+    return 2 * WORKSPACE_BYTES if chosen == FLASHINFER else 0
 
 
 def check_attention(config: DeepPruneConfig) -> None:

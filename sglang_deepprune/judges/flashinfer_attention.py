@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
+from sglang_deepprune.judges.attention import WORKSPACE_BYTES
 from sglang_deepprune.kernels.prefix_attention import prefix_attention
 from sglang_deepprune.kernels.prefix_tree import PrefixTree
-
-WORKSPACE_BYTES = 128 << 20  # of each wrapper, as FlashInfer recommends
 
 
 class FlashInferAttention:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
+from sglang_deepprune.judges import attention
 
 ENV = "DEEPPRUNE_JUDGE_MEM_MIB"
 PASS_TOKENS = 8192
@@ -37,13 +38,16 @@ class Room:
     pass_tokens: int
 
     @classmethod
-    def of(cls, total: int, weights: int, token_bytes: int, *, on_gpu: bool) -> Room:
-        """Raises ValueError, one sentence, where a pass of `MIN_PASS_TOKENS` does not fit."""
-        left = total - weights - (_CONTEXT_BYTES if on_gpu else 0)
+    def of(
+        cls, total: int, weights: int, token_bytes: int, *, on_gpu: bool, workspace: int = 0
+    ) -> Room:
+        """`workspace`: bytes that its attention holds. Raises ValueError, one sentence, where a
+        pass of `MIN_PASS_TOKENS` does not fit."""
+        left = total - weights - workspace - (_CONTEXT_BYTES if on_gpu else 0)
         cache = max(0, min(CACHE_BYTES, left // 3))
         pass_tokens = min(PASS_TOKENS, (left - cache) // token_bytes)
         if pass_tokens < MIN_PASS_TOKENS:
-            least = needed(weights, token_bytes, MIN_PASS_TOKENS, on_gpu=on_gpu)
+            least = workspace + needed(weights, token_bytes, MIN_PASS_TOKENS, on_gpu=on_gpu)
             raise ValueError(
                 f"this judge needs {-(-least // _MIB)} MiB at least "
                 f"({-(-weights // _MIB)} of them weights), not {total // _MIB}"
@@ -103,6 +107,7 @@ def check_memory(config: DeepPruneConfig, gpu_mib: float | None = None) -> int:
         return 0
     mib = config.judge_mem
     item_bytes = 2 if on_gpu else 4  # as `llm.load_model` does
+    workspace = attention.workspace_bytes(config.judge_attention)
     count = num_weights(path)
     if count is not None:
         try:
@@ -112,11 +117,13 @@ def check_memory(config: DeepPruneConfig, gpu_mib: float | None = None) -> int:
             token_bytes = 1  # a GGUF file's own: the judge's process will know
         if mib:
             try:
-                Room.of(mib * _MIB, count * item_bytes, token_bytes, on_gpu=on_gpu)
+                Room.of(
+                    mib * _MIB, count * item_bytes, token_bytes, on_gpu=on_gpu, workspace=workspace
+                )
             except ValueError as error:
                 raise ConfigError("judge_mem", f"{error}; raise it") from error
         elif on_gpu and token_bytes > 1:
-            whole = needed(count * item_bytes, token_bytes, PASS_TOKENS, on_gpu=True)
+            whole = workspace + needed(count * item_bytes, token_bytes, PASS_TOKENS, on_gpu=True)
             mib = -(-whole // _MIB)
     if on_gpu and not mib:
         raise ConfigError(
@@ -150,7 +157,8 @@ def take(model: Any = None) -> Room | None:
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
     item_bytes = next(model.parameters()).element_size()
     token_bytes = token_bytes_of(model.config.to_dict(), item_bytes)
-    room = Room.of(total, weights, token_bytes, on_gpu=on_gpu)
+    workspace = attention.workspace_bytes(os.environ.get(attention.ENV, ""))
+    room = Room.of(total, weights, token_bytes, on_gpu=on_gpu, workspace=workspace)
     if on_gpu:
         rest = total - _CONTEXT_BYTES - torch.cuda.memory_reserved()
         torch.empty(max(0, rest - 64 * _MIB), dtype=torch.uint8, device="cuda")

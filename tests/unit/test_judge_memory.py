@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
-from sglang_deepprune.judges import memory
+from sglang_deepprune.judges import attention, memory
 from sglang_deepprune.judges.llm import LLMJudge
 from sglang_deepprune.judges.memory import Room, check_memory, needed, num_weights, token_bytes_of
 from sglang_deepprune.judging import JudgeWorker
@@ -34,13 +35,16 @@ def config(base: Path | str, **settings: Any) -> DeepPruneConfig:
 
 @pytest.mark.parametrize("pass_tokens", [memory.MIN_PASS_TOKENS, 3000, memory.PASS_TOKENS])
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_what_is_said_to_be_needed_is_enough_and_no_byte_is_used_twice(pass_tokens, on_gpu):
+@pytest.mark.parametrize("workspace", [0, 256 * MIB])
+def test_what_is_said_to_be_needed_is_enough_and_no_byte_is_used_twice(
+    pass_tokens, on_gpu, workspace
+):
     token_bytes = token_bytes_of(SIZES, 2)
-    total = needed(2 * FOUR_BILLION, token_bytes, pass_tokens, on_gpu=on_gpu)
-    room = Room.of(total, 2 * FOUR_BILLION, token_bytes, on_gpu=on_gpu)
+    total = workspace + needed(2 * FOUR_BILLION, token_bytes, pass_tokens, on_gpu=on_gpu)
+    room = Room.of(total, 2 * FOUR_BILLION, token_bytes, on_gpu=on_gpu, workspace=workspace)
     assert room.pass_tokens >= pass_tokens and room.cache <= memory.CACHE_BYTES
-    context = memory._CONTEXT_BYTES if on_gpu else 0
-    assert room.weights + room.cache + room.pass_tokens * token_bytes + context <= total
+    aside = workspace + (memory._CONTEXT_BYTES if on_gpu else 0)
+    assert room.weights + room.cache + room.pass_tokens * token_bytes + aside <= total
 
 
 def test_too_little_is_refused_with_what_it_takes():
@@ -71,6 +75,20 @@ def test_on_a_gpu_it_takes_what_it_needs_unless_told(base: Path):
     assert check_memory(config(base, judge_device="cuda:0", judge_mem=own + 1), 80_000.0) == own + 1
     assert check_memory(config(base)) == 0
     assert check_memory(config("THU-KEG/DeepPrune-Judge-4B", judge_mem=9000)) == 9000
+
+
+def test_flashinfers_workspaces_are_part_of_the_number(base: Path, monkeypatch):
+    usual = check_memory(config(base, judge_device="cuda:0"), 80_000.0)
+    on_gpu = config(base, judge_device="cuda:0", judge_attention="flashinfer")
+    assert check_memory(on_gpu, 80_000.0) == usual + 2 * 128
+    with pytest.raises(ConfigError, match="MiB at least"):
+        check_memory(replace(on_gpu, judge_mem=600), 80_000.0)
+    monkeypatch.setenv(memory.ENV, "300")
+    model = LLMJudge(str(base)).model
+    plain = memory.take(model)
+    monkeypatch.setenv(attention.ENV, attention.FLASHINFER)
+    beside = memory.take(model)
+    assert plain is not None and beside is not None and beside.cache < plain.cache - 60 * MIB
 
 
 def test_a_judge_keeps_to_its_number(base: Path, monkeypatch: pytest.MonkeyPatch):
