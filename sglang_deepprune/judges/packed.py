@@ -67,7 +67,9 @@ def attention(
     q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
     if now.cached is None:
         head = now.tree.num_prefix_tokens
-        now.layers.append((k[:head], v[:head]))
+        # Copies: a slice would keep all rows in memory until the pass ends, and where a model makes
+        # queries, keys and values in one product, these too.
+        now.layers.append((k[:head].clone(), v[:head].clone()))
     else:
         before = now.cached[now.num_layers]
         k, v = torch.cat([before[0], k]), torch.cat([before[1], v])
@@ -204,15 +206,17 @@ class PrefixCache:
     def keep(
         self, prefixes: Sequence[tuple[int, ...]], layers: KeyValues, owners: Sequence[str]
     ) -> None:
-        """`layers`: those of all the prefixes, as `together` gives them; `owners`: their groups."""
+        """`layers`: those of all the prefixes, as `together` gives them, and from now on this
+        cache's; `owners`: their groups."""
         start = 0
         for prefix, owner in zip(prefixes, owners, strict=True):
             rows = slice(start, start := start + len(prefix))
             size = sum(k[rows].nbytes + v[rows].nbytes for k, v in layers)
             if prefix in self._items or size > self.max_bytes:
                 continue
-            # Copies: a slice would keep the whole pass in memory.
-            kept = [(k[rows].clone(), v[rows].clone()) for k, v in layers]
+            # Copies again: a slice would keep the other prefixes with it.
+            is_all = len(prefixes) == 1
+            kept = layers if is_all else [(k[rows].clone(), v[rows].clone()) for k, v in layers]
             self._items[prefix] = owner, kept
             self.num_bytes += size
             while self.num_bytes > self.max_bytes:

@@ -12,9 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sglang_deepprune.judges import packed as packed_module
 from sglang_deepprune.judges.llm import LLMJudge
 from sglang_deepprune.judges.lm_prompt import Prompt
 from sglang_deepprune.judges.packed import PrefixCache, passes
+from sglang_deepprune.kernels.prefix_attention import prefix_attention
+from sglang_deepprune.kernels.prefix_tree import pack
 from tests import lm_judge
 
 
@@ -85,6 +88,33 @@ def test_the_prefixes_that_are_kept_are_bounded(judge: LLMJudge):
             assert packed.prefixes.num_bytes == size <= 40_000
     finally:
         packed.prefixes = usual
+
+
+def test_what_is_kept_of_a_pass_holds_no_other_row_nor_any_query():
+    tree = pack([5, 2], [3], [1])
+    fused = torch.randn(tree.total_tokens, 8, 4)  # queries, keys and values of one product
+    heads = fused.transpose(0, 1)[None]
+    now = packed_module._Pass(tree, prefix_attention, None)
+    token = packed_module._PASS.set(now)
+    try:
+        packed_module.attention(None, heads[:, :4], heads[:, 4:6], heads[:, 6:], None)
+    finally:
+        packed_module._PASS.reset(token)
+    (kept,) = now.layers
+    assert torch.equal(kept[0], fused[:7, 4:6]) and torch.equal(kept[1], fused[:7, 6:])
+    assert all(one.untyped_storage().nbytes() == one.nbytes for one in kept)
+
+
+def test_one_prefix_is_copied_once_and_of_several_each_for_itself():
+    layers = [(torch.randn(5, 2, 4), torch.randn(5, 2, 4))]
+    cache = PrefixCache(10_000)
+    cache.keep([(1, 2, 3, 4, 5)], layers, ["a"])
+    assert cache.together([(1, 2, 3, 4, 5)])[0][0].equal(layers[0][0])
+    assert cache._items[(1, 2, 3, 4, 5)][1][0][0] is layers[0][0]
+    cache.keep([(1, 2), (7, 8, 9)], layers, ["a", "b"])
+    for prefix in ((1, 2), (7, 8, 9)):
+        ((key, value),) = cache._items[prefix][1]
+        assert key.untyped_storage().nbytes() == key.nbytes == value.nbytes
 
 
 def test_what_was_kept_for_a_group_is_dropped_when_it_ends(judge: LLMJudge):
