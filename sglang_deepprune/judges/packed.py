@@ -8,7 +8,8 @@ and their log-softmax in one (`kernels.label_head`).
 
 Not every model can be packed (attention sinks, caps on scores, norms of its own). So the first
 thing done with a model is to compare packed and ordinary probabilities; `Packed.of` gives None
-where they differ. A prompt beyond a sliding window is left to the ordinary way as well.
+where they differ. A prompt beyond a sliding window is left to the ordinary way as well, and one so
+long that the model would turn its positions in another way.
 
 Keys and values of the latest prefixes are kept, within a bound of bytes: comparisons one by one
 (`sequential.py`) ask about the same trace again and again, and then read the other trace alone.
@@ -114,7 +115,7 @@ class Packed:
         return packed if bool((found.cpu() - wanted).abs().max() <= tolerance) else None
 
     def fits(self, prompts: Sequence[Prompt]) -> bool:
-        """No prompt is longer than the model's sliding window."""
+        """No prompt is longer than what may be packed (`_window`)."""
         return max(len(one.prefix) + len(one.rest) for one in prompts) <= self.window
 
     @torch.inference_mode()
@@ -257,7 +258,23 @@ def passes(
 
 
 def _window(config: Any) -> int:
-    window = getattr(config, "sliding_window", None)
-    if not window or not getattr(config, "use_sliding_window", True):
-        return 1 << 30
-    return int(window)
+    """Tokens of a prompt that may be packed: a token sees all before it, and its rotary embedding
+    does not depend on the longest prompt of its pass, which a kept prefix outlives."""
+    windows = [1 << 30]
+    if getattr(config, "use_sliding_window", True):
+        windows.append(int(getattr(config, "sliding_window", None) or 1 << 30))
+    usual = getattr(config, "original_max_position_embeddings", None)
+    for rope in _ropes(config):
+        kind = str(rope.get("rope_type") or rope.get("type") or "")
+        # As `transformers.modeling_rope_utils.dynamic_rope_update` asks.
+        if "dynamic" in kind or kind == "longrope":
+            length = rope.get("original_max_position_embeddings") or usual
+            windows.append(int(length or config.max_position_embeddings))
+    return min(windows)
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """A model's settings of rotary embeddings: one for all layers, or one a type of layer."""
+    # Its name before transformers 5 is the second.
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [found, *(one for one in found.values() if isinstance(one, dict))]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,8 +156,6 @@ def test_passes_hold_every_prompt_once_and_keep_to_their_size():
 
 
 def test_long_prompts_agree_too(tmp_path: Path):
-    import json
-
     lm_judge.make_base(tmp_path)
     config = tmp_path / "config.json"
     body = json.loads(config.read_text()) | {"max_position_embeddings": 8192}
@@ -190,3 +190,40 @@ def test_a_prompt_beyond_the_sliding_window_is_not_packed(judge: LLMJudge):
         assert not packed.fits(forest(1, [[60]], 20))
     finally:
         packed.window = 1 << 30
+
+
+@pytest.mark.parametrize(
+    "rope", [
+        {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+         "original_max_position_embeddings": 64, "factor": 8.0},
+        {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+)  # fmt: skip
+def test_no_prompt_is_packed_at_which_rotary_embeddings_change(tmp_path: Path, rope):
+    """A kept prefix was turned as its first pass was: a longer pass turns it otherwise."""
+    lm_judge.make_base(tmp_path)
+    config = tmp_path / "config.json"
+    body = json.loads(config.read_text())
+    body["rope_parameters"] = rope | {"rope_theta": 10000.0}
+    config.write_text(json.dumps(body))
+    judge = LLMJudge(str(tmp_path))
+    assert judge.packed is not None and judge.packed.window == 64
+    short = forest(1, [[10]], 30)[0]
+    long = Prompt(short.prefix, tuple(range(90)))
+    judge.score_prompts([short])
+    for prompt in (long, short):
+        assert judge.score_prompts([prompt]) == pytest.approx(
+            judge.score_padded([prompt]), abs=1e-5
+        )
+
+
+def test_rotary_embeddings_are_looked_up_under_their_names_of_any_release():
+    def window(**settings: object) -> int:
+        return packed_module._window(SimpleNamespace(max_position_embeddings=99, **settings))
+
+    assert window() == window(rope_parameters={"rope_type": "default"}) == 1 << 30
+    assert window(rope_scaling={"type": "dynamic"}) == 99
+    old = {"type": "longrope", "original_max_position_embeddings": None}
+    assert window(rope_scaling=old, original_max_position_embeddings=44) == 44
+    by_layer = {"full": {"rope_type": "dynamic", "original_max_position_embeddings": 33}}
+    assert window(rope_parameters=by_layer, sliding_window=40) == 33
