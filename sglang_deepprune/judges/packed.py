@@ -17,6 +17,7 @@ Keys and values of the latest prefixes are kept, within a bound of bytes: compar
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -33,6 +34,7 @@ from sglang_deepprune.kernels.label_head import label_head
 from sglang_deepprune.kernels.prefix_tree import PrefixTree, pack
 
 ATTENTION = "deepprune_prefix"
+_LOG = logging.getLogger(__name__)
 _TOLERANCE = {torch.float32: 1e-4}
 _OTHER_TOLERANCE = 3e-2  # half precision
 
@@ -81,6 +83,11 @@ def attention(
 AttentionInterface.register(ATTENTION, attention)
 
 
+def _is_off(model: Any, why: str) -> None:
+    """Logged once, when a judge loads; no trace is at hand that could be quoted."""
+    _LOG.warning("deepprune: %s judges without packing: %s", type(model).__name__, why)
+
+
 class Packed:
     """Packed passes of one model."""
 
@@ -109,10 +116,14 @@ class Packed:
         try:
             packed = cls(model, label_ids, pass_tokens)
             found, wanted = packed.probabilities(prompts), torch.as_tensor(ordinary(prompts))
-        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+        except Exception as error:  # a model's fault, or what Triton raises where it cannot compile
+            _is_off(model, f"{type(error).__name__}: {error}".split("\n")[0])
             return None
-        tolerance = _TOLERANCE.get(model.dtype, _OTHER_TOLERANCE)
-        return packed if bool((found.cpu() - wanted).abs().max() <= tolerance) else None
+        largest = float((found.cpu() - wanted).abs().max())
+        if not largest <= _TOLERANCE.get(model.dtype, _OTHER_TOLERANCE):
+            _is_off(model, f"packed scores are off by {largest:.2g}")
+            return None
+        return packed
 
     def fits(self, prompts: Sequence[Prompt]) -> bool:
         """No prompt is longer than what may be packed (`_window`)."""

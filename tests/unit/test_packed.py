@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,6 +180,20 @@ def test_a_model_that_cannot_be_packed_is_asked_the_ordinary_way(tmp_path: Path)
     assert judge.packed is None
     scores = judge.score(lm_judge.pairs(1)[0])
     assert np.isfinite(scores).all()
+
+
+def test_kernels_that_cannot_be_compiled_cost_the_packing_and_not_the_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken(*_: object) -> None:
+        raise subprocess.CalledProcessError(1, ["gcc"])
+
+    monkeypatch.setattr(packed_module, "choose_attention", lambda device: broken)
+    judge = LLMJudge(str(lm_judge.make_base(tmp_path)))
+    assert judge.packed is None
+    assert np.isfinite(judge.score(lm_judge.pairs(1)[0])).all()
+    (record,) = caplog.records
+    assert "judges without packing: CalledProcessError" in record.getMessage()
 
 
 def test_a_prompt_beyond_the_sliding_window_is_not_packed(judge: LLMJudge):
