@@ -101,7 +101,9 @@ def pair_score_reference(
         difference = (values[left] - values[right]).abs() * head.difference.to(values)
         scores = torch.sigmoid((product + difference).sum(1) + head.bias)
     sizes = segments.diff().long()
-    owner = torch.repeat_interleave(torch.arange(len(sizes), device=rows.device), sizes)
+    # Without its size a GPU would be waited for, to learn it.
+    every = torch.arange(len(sizes), device=rows.device)
+    owner = torch.repeat_interleave(every, sizes, output_size=len(scores))
     sums = scores.new_zeros(len(sizes)).index_add_(0, owner, scores)
     return PairScores(scores, sums / sizes)
 

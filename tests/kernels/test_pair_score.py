@@ -128,3 +128,12 @@ def test_the_dispatcher_takes_the_kernel_where_it_can(device):
     mine, kernels = pair_score(*question), pair_score_triton(*question)
     assert torch.equal(mine.scores, kernels.scores)
     assert torch.equal(mine.means, kernels.means)
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_the_reference_never_waits_for_a_number_from_the_device(with_head: bool):
+    """Tensors on "meta" have shapes and no numbers: whoever asks for one is refused."""
+    question = random_question([3, 0, 5], 4, 8, torch.float32, "meta")
+    head = PairHead(*torch.empty(2, 8, device="meta"), 0.1) if with_head else None
+    found = pair_score_reference(*question, head)
+    assert (found.scores.shape, found.means.shape) == ((8,), (3,))
