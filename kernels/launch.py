@@ -18,7 +18,7 @@ try:
 except ImportError:  # a CPU build of torch brings no triton
     triton = tl = None
 
-__all__ = ["jit", "next_power_of_2", "runs_triton", "tl"]
+__all__ = ["has_triton", "jit", "next_power_of_2", "runs_triton", "tl"]
 
 
 def jit(*do_not_specialize: str) -> Callable[[Callable[..., Any]], Any]:
@@ -34,6 +34,10 @@ def jit(*do_not_specialize: str) -> Callable[[Callable[..., Any]], Any]:
         return triton.jit(function, do_not_specialize=list(do_not_specialize))
 
     return decorate
+
+
+def has_triton() -> bool:
+    return triton is not None
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

@@ -222,12 +222,19 @@ def choose_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
     return Blocks(rows=64, keys=64, warps=4, stages=2)
 
 
+def kernel_takes(dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    """Whether the kernel is made for such heads; `group`: query heads of a KV head."""
+    if dtype not in DTYPES or head_dim not in HEAD_DIMS:
+        return False
+    return group <= choose_blocks(head_dim, dtype).rows
+
+
 def _fits_kernel(q: torch.Tensor, k: torch.Tensor) -> bool:
     # The interpreter multiplies bfloat16 by its bit patterns (Triton 3.6).
     is_wrong = q.dtype == torch.bfloat16 and not q.is_cuda
-    if not runs_triton(q) or is_wrong or q.dtype not in DTYPES or q.shape[2] not in HEAD_DIMS:
+    if not runs_triton(q) or is_wrong:
         return False
-    return q.shape[1] // k.shape[1] <= choose_blocks(q.shape[2], q.dtype).rows
+    return kernel_takes(q.dtype, q.shape[2], q.shape[1] // k.shape[1])
 
 
 def _rows_without_queries(q: torch.Tensor, k: torch.Tensor, tree: PrefixTree) -> int:

@@ -18,6 +18,7 @@ Keys and values of the latest prefixes are kept, within a bound of bytes: compar
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -27,10 +28,12 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from sglang_deepprune.judges.attention import Attend, choose_attention
+from sglang_deepprune.judges.attention import ENV, FLASHINFER, Attend, choose_attention
 from sglang_deepprune.judges.lm_prompt import Prompt
 from sglang_deepprune.judges.memory import CACHE_BYTES
 from sglang_deepprune.kernels.label_head import label_head
+from sglang_deepprune.kernels.launch import has_triton
+from sglang_deepprune.kernels.prefix_attention import kernel_takes
 from sglang_deepprune.kernels.prefix_tree import PrefixTree, pack
 
 ATTENTION = "deepprune_prefix"
@@ -108,6 +111,10 @@ class Packed:
     ) -> Packed | None:
         """None for a model whose probabilities it does not reproduce. `ordinary`: prompts -> [num]
         P(same) the ordinary way."""
+        if model.device.type == "cuda" and not _has_kernel(model):
+            # Its reference on a GPU takes memory that nobody has planned for.
+            _is_off(model, "no kernel is made for its heads")
+            return None
         a, b = label_ids
         prompts = [
             Prompt((a, b, a), (b,)), Prompt((a, b, a), (b, b, a)), Prompt((b,), (a,)),
@@ -266,6 +273,17 @@ def passes(
             used += cost
     if now:
         yield now
+
+
+def _has_kernel(model: Any) -> bool:
+    """Whether this project's kernel, or FlashInfer's, attends over a pass, not the reference."""
+    if os.environ.get(ENV) == FLASHINFER:
+        return True  # or it refuses by itself
+    config = model.config
+    num_heads = int(config.num_attention_heads)
+    group = num_heads // int(getattr(config, "num_key_value_heads", None) or num_heads)
+    head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // num_heads
+    return has_triton() and kernel_takes(model.dtype, int(head_dim), group)
 
 
 def _window(config: Any) -> int:

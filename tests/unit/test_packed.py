@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sglang_deepprune.judges import packed as packed_module
+from sglang_deepprune.judges.attention import ENV, FLASHINFER
 from sglang_deepprune.judges.llm import LLMJudge
 from sglang_deepprune.judges.lm_prompt import Prompt
-from sglang_deepprune.judges.packed import PrefixCache, passes
+from sglang_deepprune.judges.packed import Packed, PrefixCache, passes
 from sglang_deepprune.kernels.prefix_attention import prefix_attention
 from sglang_deepprune.kernels.prefix_tree import pack
 from tests import lm_judge
@@ -194,6 +195,29 @@ def test_kernels_that_cannot_be_compiled_cost_the_packing_and_not_the_judge(
     assert np.isfinite(judge.score(lm_judge.pairs(1)[0])).all()
     (record,) = caplog.records
     assert "judges without packing: CalledProcessError" in record.getMessage()
+
+
+def test_on_a_gpu_heads_that_no_kernel_takes_are_not_packed(
+    judge: LLMJudge, monkeypatch: pytest.MonkeyPatch
+):
+    """The reference would take more memory there than a pass has."""
+
+    def of(head_dim: int, kv_heads: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        config = SimpleNamespace(
+            num_attention_heads=128, num_key_value_heads=kv_heads, head_dim=head_dim
+        )
+        return packed_module._has_kernel(SimpleNamespace(config=config, dtype=dtype))
+
+    monkeypatch.setattr(packed_module, "has_triton", lambda: True)
+    assert of(128, 8) and of(64, 2) and not of(96, 8) and not of(64, 1)
+    assert not of(64, 2, torch.float64)
+    monkeypatch.setattr(packed_module, "has_triton", lambda: False)
+    assert not of(128, 8)
+    monkeypatch.setenv(ENV, FLASHINFER)
+    assert of(128, 8)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(packed_module, "_has_kernel", lambda model: False)
+    assert Packed.of(on_gpu, (1, 2), 512, judge.score_padded) is None
 
 
 def test_a_prompt_beyond_the_sliding_window_is_not_packed(judge: LLMJudge):
