@@ -41,7 +41,7 @@ def _worker(config: DeepPruneConfig) -> JudgeWorker:
     return JudgeWorker(
         config.judge, config.judge_deadline_ms / 1000,
         device=config.judge_device, memory_mib=config.judge_mem,
-        attention=config.judge_attention,
+        attention=config.judge_attention, gpu=config.judge_gpu,
     )  # fmt: skip
 
 

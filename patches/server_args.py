@@ -23,6 +23,12 @@ from packaging.version import Version
 from sglang_deepprune.config import ConfigError, DeepPruneConfig, dest_of, flag_of, setting_fields
 from sglang_deepprune.judges import check_judge
 from sglang_deepprune.judges.attention import check_attention
+from sglang_deepprune.judges.gpu import (
+    BALANCE_CHECK,
+    ServerGpus,
+    check_neighbours,
+    visible_gpu,
+)
 from sglang_deepprune.judges.memory import check_memory
 from sglang_deepprune.judges.permission import with_card
 from sglang_deepprune.patches import seams, support
@@ -175,10 +181,12 @@ def _with_card(config: DeepPruneConfig, server_args: Any) -> DeepPruneConfig:
 
 
 def _with_memory(config: DeepPruneConfig, server_args: Any) -> DeepPruneConfig:
-    """The config with what the judge will take of its device."""
+    """The config with the judge's GPU, and what it will take of it."""
     check_attention(config)
     total = None
-    if config.judge_device != "cpu" and config.judge != "none":
+    is_on_gpu = config.judge_device != "cpu" and config.judge != "none"
+    if is_on_gpu:
+        config = dataclasses.replace(config, judge_gpu=visible_gpu(config.judge_device))
         from sglang.srt.utils import get_device_memory_capacity
 
         try:
@@ -187,7 +195,28 @@ def _with_memory(config: DeepPruneConfig, server_args: Any) -> DeepPruneConfig:
             total = None
         if not total:
             raise ConfigError("judge_device", f"no {config.judge_device!r} here; use cpu")
-    return dataclasses.replace(config, judge_mem=check_memory(config, total))
+    config = dataclasses.replace(config, judge_mem=check_memory(config, total))
+    if is_on_gpu:
+        check_neighbours(config, _server_gpus(server_args, total or 0.0))
+    return config
+
+
+def _server_gpus(server_args: Any, mib: float) -> ServerGpus:
+    """The server's GPUs, as `Engine._launch_scheduler_processes` deals them out."""
+    from sglang.srt.environ import envs
+
+    def number(name: str, default: int) -> int:
+        found = getattr(server_args, name, None)
+        return default if found is None else int(found)
+
+    tp_size = number("tp_size", 1)
+    first, step = number("base_gpu_id", 0), number("gpu_id_step", 1)
+    here = max(1, tp_size // number("nnodes", 1)) if _runs_on_cuda(server_args) else 0
+    check = getattr(envs, BALANCE_CHECK, None)
+    return ServerGpus(
+        tp_size, number("dp_size", 1), [first + step * rank for rank in range(here)],
+        is_balance_checked=check is None or bool(check.get()), mib=mib,
+    )  # fmt: skip
 
 
 # What a start makes of the settings, in order: each gives the config back, more complete, or raises

@@ -219,8 +219,8 @@ class DeepPruneConfig:
         scope="server",
     )  # fmt: skip
     judge_device: str = _setting(
-        "cpu", "Where a judge's model runs: 'cpu' or 'cuda:N', whose memory it takes before the "
-        "server sizes its KV pool.", scope="server",
+        "cpu", "Where a judge's model runs: 'cpu' or 'cuda:N', counted among the GPUs that the "
+        "server sees, whose memory it takes before the server sizes its KV pool.", scope="server",
     )  # fmt: skip
     judge_mem: int = _setting(
         0, "MiB that a language model judge may take of its device, weights included; 0: on a GPU "
@@ -264,6 +264,10 @@ class DeepPruneConfig:
     card_taus: tuple[tuple[str, float], ...] = _setting(
         (), "Cuts at which the judge's card lets it prune, each with its calibrated tau.",
         scope="derived", kind=tuple,
+    )  # fmt: skip
+    judge_gpu: str = _setting(
+        "", "`judge_device` as the main process saw it: SGLang may show a scheduler fewer GPUs.",
+        scope="derived",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from sglang_deepprune.batcher import Batcher, DeviceLost
 from sglang_deepprune.child import Child
 from sglang_deepprune.judges import OWN, is_remote_model, load_judge, memory
 from sglang_deepprune.judges import attention as chosen_attention
+from sglang_deepprune.judges.gpu import VISIBLE, visible_gpu
 from sglang_deepprune.metrics import JUDGE_FAILURES, JUDGE_RESTARTS, Failure, Meter
 from sglang_deepprune.types import JudgeResult, JudgeTask
 
@@ -56,10 +57,11 @@ def make_worker(spec: str, budget_s: float = math.inf) -> Answer:
 
 
 def child_env(
-    spec: str, device: str = "cpu", memory_mib: int = 0, attention: str = ""
+    spec: str, device: str = "cpu", memory_mib: int = 0, attention: str = "", gpu: str = ""
 ) -> dict[str, str]:
     """One thread; no network but for a judge that lies there; and no GPU but the one that was given
-    to the judge. A judge of your own sees them all: it may want one."""
+    to the judge. A judge of your own sees them all: it may want one. `gpu`: what `device` was found
+    to be (`judges.gpu.visible_gpu`); unset, it is looked up among what this process sees."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     env = dict.fromkeys(threads, "1") | {"TOKENIZERS_PARALLELISM": "false"}
     env[memory.ENV] = str(memory_mib)
@@ -68,7 +70,7 @@ def child_env(
         env["HF_HUB_OFFLINE"] = "1"
     if spec.partition(":")[0] != OWN:
         # A CUDA context would take memory that the server has given to its KV cache.
-        env["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device.partition(":")[2] or "0"
+        env[VISIBLE] = "" if device == "cpu" else gpu or visible_gpu(device)
     return env
 
 
@@ -87,6 +89,7 @@ class JudgeWorker:
         device: str = "cpu",
         memory_mib: int = 0,
         attention: str = "",
+        gpu: str = "",
     ):
         self.spec = spec
         self.deadline_s = deadline_s
@@ -95,7 +98,7 @@ class JudgeWorker:
         default_s = DOWNLOAD_LIMIT_S if is_remote_model(spec) else LOAD_LIMIT_S
         self.load_limit_s = default_s if load_limit_s is None else load_limit_s
         self.meter = Meter()
-        env = child_env(spec, device, memory_mib, attention)
+        env = child_env(spec, device, memory_mib, attention, gpu)
         self._child = Child(factory, (spec, deadline_s * _BUDGET_SHARE), env=env)
         self._waiting: deque[JudgeTask] = deque()
         self._batch: list[JudgeTask] = []  # handed over
