@@ -1,8 +1,11 @@
 """Time of the kernels on a GPU: correctness first, then the median beside PyTorch and FlashInfer.
 
-Each time is the median over CUDA events, with L2 filled with something else before each run. TB/s
-and TFLOP/s count the least work there is (`kernel_cases`), so that a rival that does more of it is
-not flattered. Without a GPU nothing is timed; `--interpret` then runs the correctness pass alone.
+Small shapes are checked in float64 and end the run where one does not agree; real shapes against
+PyTorch in their own precision, and one that does not agree, or a kernel of ours that fails, is told
+by the exit status once all are measured. Each time is the median over CUDA events, with L2 filled
+with something else before each run. TB/s and TFLOP/s count the least work there is
+(`kernel_cases`), so that a rival that does more of it is not flattered. Without a GPU nothing is
+timed; `--interpret` then runs the correctness pass alone.
 
     python -m benchmarks.bench_kernels --json benchmarks/results/bench_kernels.json
 """
@@ -58,26 +61,36 @@ def median_ms(run: Callable[[], torch.Tensor]) -> float:
     return float(statistics.median(begin.elapsed_time(end) for begin, end in spans))
 
 
-def measure(cases: Any) -> list[Row]:
-    """One row a case and implementation; one that cannot run says why in `note`."""
-    rows = []
+def measure(cases: Any, keep: Callable[[list[Row]], object] = lambda rows: None) -> list[Row]:
+    """One row a case and implementation; one that cannot run says why in `note`. `keep` gets the
+    rows so far after each case: what is measured outlives a case that ends the process."""
+    rows: list[Row] = []
     for case in cases:
-        exact = case.exact().float()
+        exact: torch.Tensor | None = None
         for name, run in case.runs.items():
             row = {"kernel": case.kernel, **case.shape, "by": name}
             try:
-                error = float((run().float() - exact).abs().max())
+                exact = case.exact().float() if exact is None else exact
+                error = (run().float() - exact).abs()
                 time = median_ms(run)
             except Exception as failure:  # a rival's refusal, or blocks that a card cannot hold
                 rows.append({**row, "note": f"{type(failure).__name__}: {failure}".split("\n")[0]})
                 continue
+            allowed = TOLERANCE[case.shape["dtype"]] * (1 + exact.abs())
             rows.append({
                 **row, "ms": time, "tb_per_s": case.num_bytes / time / 1e9,
-                "tflop_per_s": case.flops / time / 1e9, "max_difference": error,
+                "tflop_per_s": case.flops / time / 1e9, "max_difference": float(error.max()),
+                "agrees": bool((error <= allowed).all()),
             })  # fmt: skip
         absent = case.notes.items()
         rows += [{"kernel": case.kernel, **case.shape, "by": n, "note": why} for n, why in absent]
+        keep(rows)
     return rows
+
+
+def is_good(rows: list[Row]) -> bool:
+    """Whether all that ran agree, and ours ran everywhere."""
+    return all(row["agrees"] if "agrees" in row else row["by"] != "ours" for row in rows)
 
 
 def main() -> int:
@@ -104,11 +117,19 @@ def main() -> int:
         print("A kernel does not agree with its reference.", file=sys.stderr)
         return 1
     card = torch.cuda.get_device_name() if has_gpu else "none: Triton's interpreter"
+
+    def keep(rows: list[Row]) -> None:
+        if args.json:
+            write_json(args.json, "bench_kernels", rows, gpu=card)
+
     if has_gpu:
-        rows = measure(kernel_cases.timed_cases(device, sweep=args.sweep))
+        rows = measure(kernel_cases.timed_cases(device, sweep=args.sweep), keep)
         print_table(rows, f"Median of {RUNS} runs on one {card}, cold L2")
-    if args.json:
-        write_json(args.json, "bench_kernels", rows, gpu=card)
+        if not is_good(rows):
+            print("A kernel failed or does not agree at a real shape.", file=sys.stderr)
+            return 1
+    else:
+        keep(rows)
     return 0
 
 

@@ -71,6 +71,11 @@ def small_cases(device: str, dtypes: list[torch.dtype]) -> Iterator[Case]:
         for head_dim in (64, 128):
             tree = pack([70, 0, 33], [50, 1, 9, 64, 3], [0, 0, 0, 1, 2], device=device)
             yield attention_case(tree, dtype, head_dim, device, heads=(8, 2), exact=torch.float64)
+        # As a judge's passes are: several blocks of keys, prefixes kept, heads before tokens.
+        tree = pack([150, 40], [70, 3, 45], [0, 0, 1], device=device)
+        yield attention_case(
+            tree, dtype, 128, device, heads=(8, 2), exact=torch.float64, is_cached=True
+        )
         yield label_case(5, dtype, device, exact=torch.float64)
     yield pair_case(16, device, exact=torch.float64)
 
@@ -95,15 +100,20 @@ def attention_case(
     heads: tuple[int, int] = (HEADS, KV_HEADS),
     exact: torch.dtype | None = None,
     sweep: bool = False,
+    is_cached: bool = False,
 ) -> Case:
+    """`is_cached`: the children alone have queries, and the rows of all three are strided."""
     total = tree.total_tokens
     q = _random(device, dtype, total, heads[0], head_dim)
     k, v = (_random(device, dtype, total, heads[1], head_dim) for _ in range(2))
+    if is_cached:
+        q, k, v = (one.transpose(0, 1).contiguous().transpose(0, 1) for one in (q, k, v))
+        q = q[tree.num_prefix_tokens :]
     wide = exact or dtype
     flops, num_bytes = attention_work(tree, *heads, head_dim, q.element_size())
     shape: Row = {
         "dtype": _name(dtype), "head_dim": head_dim, "prefix": max(tree.prefix_lengths),
-        "candidates": len(tree.parents), "tokens": total,
+        "candidates": len(tree.parents), "tokens": total, **({"cached": True} if is_cached else {}),
     }  # fmt: skip
     runs: dict[str, Run] = {"ours": lambda: prefix_attention_triton(q, k, v, tree)}
     case = Case(

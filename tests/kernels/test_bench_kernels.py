@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,46 @@ def test_the_small_cases_agree_and_a_wrong_kernel_would_not(device):
         wrong = case.runs["ours"]() * 1.001
         case.runs["ours"] = partial(torch.clone, wrong)
     assert not any(row["agrees"] for row in bench_kernels.check(cases))
+
+
+def test_a_pass_with_kept_prefixes_is_among_the_small_cases():
+    trees = [case.shape for case in kernel_cases.small_cases("cpu", [torch.float32])]
+    (cached,) = [shape for shape in trees if shape.get("cached")]
+    assert cached["tokens"] >= 300
+    tree = pack([150, 40], [70, 3, 45], [0, 0, 1])
+    case = kernel_cases.attention_case(
+        tree, torch.float32, 128, "cpu", heads=(8, 2), exact=torch.float64, is_cached=True
+    )
+    assert case.exact().shape == (tree.num_child_tokens, 8, 128)
+
+
+def test_a_wrong_or_failing_kernel_at_a_real_shape_fails_the_run_after_it_is_written(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "median_ms", lambda run: 2.0)
+    monkeypatch.setattr(kernel_cases, "is_flashinfer_installed", lambda: False)
+
+    def refuse() -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    def rows_of(**changes: Any) -> list[dict[str, Any]]:
+        case = kernel_cases.attention_case(pack([6], [2], [0]), torch.float32, 64, "cpu")
+        case.runs = {"ours": case.exact, "torch, shared": case.exact}
+        for name, run in changes.items():
+            if name == "exact":
+                case.exact = run
+            else:
+                case.runs[name] = run
+        kept: list[int] = []
+        rows = bench_kernels.measure([case, case], lambda rows: kept.append(len(rows)))
+        assert kept == [len(rows) // 2, len(rows)]
+        return rows
+
+    right = kernel_cases.attention_case(pack([6], [2], [0]), torch.float32, 64, "cpu").exact()
+    assert bench_kernels.is_good(rows_of())
+    assert bench_kernels.is_good(rows_of(rival=refuse))
+    assert not bench_kernels.is_good(rows_of(ours=refuse))
+    assert not bench_kernels.is_good(rows_of(ours=lambda: right + 1e-3))
+    assert not bench_kernels.is_good(rows_of(ours=lambda: right * float("nan")))
+    assert not bench_kernels.is_good(rows_of(exact=refuse))
 
 
 def test_the_rivals_compute_the_same(monkeypatch):
