@@ -134,6 +134,7 @@ def test_the_dispatcher_takes_the_kernel_where_it_can(device):
 def test_the_reference_never_waits_for_a_number_from_the_device(with_head: bool):
     """Tensors on "meta" have shapes and no numbers: whoever asks for one is refused."""
     question = random_question([3, 0, 5], 4, 8, torch.float32, "meta")
-    head = PairHead(*torch.empty(2, 8, device="meta"), 0.1) if with_head else None
+    weights = torch.empty(8, device="meta")
+    head = PairHead(weights, weights, 0.1) if with_head else None
     found = pair_score_reference(*question, head)
     assert (found.scores.shape, found.means.shape) == ((8,), (3,))

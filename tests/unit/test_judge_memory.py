@@ -113,11 +113,11 @@ def test_no_prompt_is_longer_than_the_pass_that_memory_was_planned_for(
     base = lm_judge.make_base(tmp_path)
     place = base / "config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"max_position_embeddings": 8192}))
-    long = [Trace(i, "so it is east " * 900, 4, "tokens") for i in range(2)]
-    (usual,) = LLMJudge(str(base)).prompts.write([Pair(*long)])
+    left, right = (Trace(i, "so it is east " * 900, 4, "tokens") for i in range(2))
+    (usual,) = LLMJudge(str(base)).prompts.write([Pair(left, right)])
     monkeypatch.setenv(memory.ENV, "8")
     judge = LLMJudge(str(base))
-    (prompt,) = judge.prompts.write([Pair(*long)])
+    (prompt,) = judge.prompts.write([Pair(left, right)])
     assert len(prompt.prefix) + len(prompt.rest) <= judge.pass_tokens
     assert judge.pass_tokens < len(usual.prefix) + len(usual.rest)
 
