@@ -135,7 +135,7 @@ def lines() -> Iterator[Line]:
     yield recorded(64, "balanced")
     yield recorded(64, "faithful")
     yield recorded(64, "economy")
-    yield served("serving_64", "all64-real", "full")
+    yield served("serving_64_all", "all64-real", "full")
     yield served("serving", "all16-real", "full")
     yield served("serving", "all8-real", "full")
     yield served("serving", "two16-real", "two questions at a time")
