@@ -83,6 +83,15 @@ class Prompt:
     prefix: tuple[int, ...]  # instruction, problem, first trace
     rest: tuple[int, ...]  # second trace, closing words; never empty
     group_id: str = ""
+    stem_tokens: int = 0  # of the prefix: instruction and problem, as in all prompts of the group
+
+    @property
+    def stem(self) -> tuple[int, ...]:
+        return self.prefix[: self.stem_tokens]
+
+    def after_stem(self) -> Prompt:
+        """The same tokens with no more than the stem for a prefix."""
+        return Prompt(self.stem, self.prefix[self.stem_tokens :] + self.rest, self.group_id)
 
 
 class PromptWriter:
@@ -120,8 +129,8 @@ class PromptWriter:
         problem = problem[-max(16, self._room // 4) :]
         most = max(16, (self._room - len(problem)) // 2)
         head, tail = (self.encode(trace.text.strip())[-most:] for trace in (first, second))
-        prefix = [*opening, *problem, *between, *head, *middle]
-        return Prompt(tuple(prefix), (*tail, *closing), pair.group_id)
+        stem = (*opening, *problem, *between)
+        return Prompt((*stem, *head, *middle), (*tail, *closing), pair.group_id, len(stem))
 
     def encode(self, text: str) -> array[int]:
         """Ids of a text that is data. Each text is read once while it is among the latest."""

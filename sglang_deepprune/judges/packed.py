@@ -1,18 +1,21 @@
 """One forward pass of a causal LM over many judge prompts, what they share read once.
 
-The prompts of a call are a forest: a prefix (instruction, problem, one trace) and the rests that
-follow it. They are packed without padding, prefixes first (`kernels.prefix_tree`). The attention
-interface of transformers calls `kernels.prefix_attention`, so any model that goes through it can
-judge. Of the last layer only the last token of each prompt is used: final norm, the labels' rows
-and their log-softmax in one (`kernels.label_head`).
+The prompts of a call are a forest: a stem (instruction and problem, the same for a whole group),
+prefixes that begin with it (one trace more), and the rests that follow a prefix. A new prefix is
+read after its stem, together with one of its rests; the other rests are read after the prefix. So
+each pass has two levels, which are packed without padding, prefixes first
+(`kernels.prefix_tree`). The attention interface of transformers calls `kernels.prefix_attention`,
+so any model that goes through it can judge. Of the last layer only the last token of each prompt is
+used: final norm, the labels' rows and their log-softmax in one (`kernels.label_head`).
 
 Not every model can be packed (attention sinks, caps on scores, norms of its own). So the first
 thing done with a model is to compare packed and ordinary probabilities; `Packed.of` gives None
 where they differ. A prompt beyond a sliding window is left to the ordinary way as well, and one so
 long that the model would turn its positions in another way.
 
-Keys and values of the latest prefixes are kept, within a bound of bytes: comparisons one by one
-(`sequential.py`) ask about the same trace again and again, and then read the other trace alone.
+Keys and values of the latest stems and prefixes are kept, within a bound of bytes: comparisons one
+by one (`sequential.py`) ask about the same trace again and again, and then read the other trace
+alone.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +43,9 @@ ATTENTION = "deepprune_prefix"
 _LOG = logging.getLogger(__name__)
 _TOLERANCE = {torch.float32: 1e-4}
 _OTHER_TOLERANCE = 3e-2  # half precision
+# On a CPU a pass costs its tokens; on a GPU a short one costs what reading the weights does, taken
+# for so many tokens (not measured).
+_PASS_COST_ON_GPU = 512
 
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # a layer: [tokens, kv_heads, head_dim] each
 Family = tuple[tuple[int, ...], list[int]]  # a prefix, and the places of its prompts
@@ -52,7 +58,8 @@ class _Pass:
     tree: PrefixTree
     attend: Attend
     cached: KeyValues | None  # of all prefixes, one after the other; None: they are in the pass
-    layers: KeyValues = field(default_factory=list)  # of the prefixes, as the pass computes them
+    kept: torch.Tensor | None = None  # [num] int64: rows of the pass whose keys and values stay
+    layers: KeyValues = field(default_factory=list)  # of these rows, as the pass computes them
     num_layers: int = 0  # so far
 
 
@@ -71,12 +78,11 @@ def attention(
     """transformers' interface: [1, heads, total, head_dim] in, [1, total, heads, head_dim] out."""
     now = _PASS.get()
     q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
-    if now.cached is None:
-        head = now.tree.num_prefix_tokens
+    if now.kept is not None:
         # Copies: a slice would keep all rows in memory until the pass ends, and where a model makes
         # queries, keys and values in one product, these too.
-        now.layers.append((k[:head].clone(), v[:head].clone()))
-    else:
+        now.layers.append((k[now.kept], v[now.kept]))
+    if now.cached is not None:
         before = now.cached[now.num_layers]
         k, v = torch.cat([before[0], k]), torch.cat([before[1], v])
     now.num_layers += 1
@@ -117,12 +123,13 @@ class Packed:
             return None
         a, b = label_ids
         prompts = [
-            Prompt((a, b, a), (b,)), Prompt((a, b, a), (b, b, a)), Prompt((b,), (a,)),
-            Prompt((b,) * 9, (a, b, a, a, b)),
+            Prompt((a, b, a), (b,), stem_tokens=1), Prompt((a, b, a), (b, b, a), stem_tokens=1),
+            Prompt((b,), (a,)), Prompt((b,) * 9, (a, b, a, a, b), stem_tokens=4),
         ]  # fmt: skip
         try:
             packed = cls(model, label_ids, pass_tokens)
             found, wanted = packed.probabilities(prompts), torch.as_tensor(ordinary(prompts))
+            packed.prefixes.clear()
         except Exception as error:  # a model's fault, or what Triton raises where it cannot compile
             _is_off(model, f"{type(error).__name__}: {error}".split("\n")[0])
             return None
@@ -140,32 +147,60 @@ class Packed:
     def probabilities(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         """[num_prompts] float32 P(same answer), in the order given."""
         found = torch.empty(len(prompts))
-        known = {one.prefix for one in prompts if one.prefix in self.prefixes}
-        for is_known in (True, False):
-            own = [i for i, one in enumerate(prompts) if (one.prefix in known) == is_known]
-            for families in passes(prompts, self.pass_tokens, own, is_prefix_free=is_known):
-                order = [place for _, places in families for place in places]
-                found[order] = self._pass(prompts, families, is_known).cpu()
+        for families in _holdable(prompts, self.pass_tokens):
+            bodies = self._bodies(prompts, families)
+            asked = list(prompts)
+            for place in bodies:
+                asked[place] = prompts[place].after_stem()
+            others = [place for _, own in families for place in own if place not in bodies]
+            for chosen in (list(bodies), others):
+                known = {place for place in chosen if asked[place].prefix in self.prefixes}
+                for is_known in (True, False):
+                    own = [place for place in chosen if (place in known) == is_known]
+                    for part in passes(asked, self.pass_tokens, own):
+                        order = [place for _, places in part for place in places]
+                        found[order] = self._pass(asked, part, bodies).cpu()
+            self.prefixes.trim()
         return found
 
+    def _bodies(self, prompts: Sequence[Prompt], families: Sequence[Family]) -> dict[int, int]:
+        """Prompts to read after their stem, the first of each new prefix -> tokens of that prefix
+        behind the stem. The prefix's other prompts then need one pass more: where it has some, the
+        stems must save more than a pass costs."""
+        new = [(prefix, own) for prefix, own in families if prefix not in self.prefixes]
+        several = [prompts[own[0]] for _, own in new if len(own) > 1]
+        alone = {prompts[own[0]].stem for _, own in new if len(own) == 1}
+        unread = {one.stem for one in several if one.stem not in self.prefixes} - alone
+        saved = sum(one.stem_tokens for one in several) - sum(map(len, unread))
+        takes_several = saved > (_PASS_COST_ON_GPU if self.model.device.type == "cuda" else 0)
+        return {
+            own[0]: len(prefix) - prompts[own[0]].stem_tokens
+            for prefix, own in new
+            if len(own) == 1 or takes_several
+        }
+
     def _pass(
-        self, prompts: Sequence[Prompt], families: Sequence[Family], is_known: bool
+        self, prompts: Sequence[Prompt], families: Sequence[Family], bodies: Mapping[int, int]
     ) -> torch.Tensor:
-        rests = [prompts[place].rest for _, places in families for place in places]
-        parents = [i for i, (_, places) in enumerate(families) for _ in places]
+        """P(same) of the families' prompts, one family after the other. Keys and values of prefixes
+        that are new stay, and those of a prompt in `bodies` to the end of its body."""
+        rests = [prompts[place].rest for _, own in families for place in own]
+        parents = [i for i, (_, own) in enumerate(families) for _ in own]
         device = self.model.device
         prefixes = [prefix for prefix, _ in families]
+        is_known = all(prefix in self.prefixes for prefix in prefixes)
         tree = pack(list(map(len, prefixes)), list(map(len, rests)), parents, device=device)
         read = rests if is_known else [*prefixes, *rests]
         ids = torch.tensor([[token for part in read for token in part]], device=device)
+        spans = _spans(prompts, families, bodies, is_known=is_known)
+        rows = [row for span in spans for row in span.rows]
+        kept = torch.tensor(rows, device=device) if rows else None
         cached = self.prefixes.together(prefixes) if is_known else None
-        now = _Pass(tree, self._attend, cached)
+        now = _Pass(tree, self._attend, cached, kept)
         skipped = tree.total_tokens - ids.shape[1]
         self.tokens_read += ids.shape[1]
         hidden = self._hidden(ids, tree.positions[None, skipped:].long(), now)
-        if not is_known:
-            owners = [prompts[places[0]].group_id for _, places in families]
-            self.prefixes.keep(prefixes, now.layers, owners)
+        self.prefixes.keep(spans, now.layers)
         last = tree.last_indices - skipped
         logs = label_head(hidden, self._norm.weight, self._rows, last, self._eps)
         return logs[:, 0].exp().float()
@@ -186,8 +221,41 @@ class Packed:
         return out.last_hidden_state[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of a pass whose keys and values are kept: the end of a prefix, behind `before`."""
+
+    prefix: tuple[int, ...]
+    before: tuple[int, ...]
+    owner: str  # the group that it is of
+    rows: range
+
+
+def _spans(
+    prompts: Sequence[Prompt],
+    families: Sequence[Family],
+    bodies: Mapping[int, int],
+    *,
+    is_known: bool,
+) -> list[Span]:
+    """What a pass leaves behind, in the order of its rows: prefixes unless they are known, then
+    bodies."""
+    spans, row = [], 0
+    for prefix, own in () if is_known else families:
+        owner = prompts[own[0]].group_id
+        spans.append(Span(prefix, (), owner, range(row, row := row + len(prefix))))
+    for place in (place for _, own in families for place in own):
+        one = prompts[place]
+        if place in bodies:
+            whole = (*one.prefix, *one.rest[: bodies[place]])
+            spans.append(Span(whole, one.prefix, one.group_id, range(row, row + bodies[place])))
+        row += len(one.rest)
+    return spans
+
+
 class PrefixCache:
-    """Keys and values of prefixes, the least recently used first out."""
+    """Keys and values of stems and prefixes, the least recently used first out. It may hold more
+    than its bound until `trim`: what the passes of a call need."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
@@ -209,7 +277,7 @@ class PrefixCache:
 
     def _drop(self, prefix: tuple[int, ...]) -> None:
         _, gone = self._items.pop(prefix)
-        self.num_bytes -= sum(k.nbytes + v.nbytes for k, v in gone)
+        self.num_bytes -= _num_bytes(gone)
 
     def together(self, prefixes: Sequence[tuple[int, ...]]) -> KeyValues:
         """Those of several prefixes, one after the other."""
@@ -222,50 +290,73 @@ class PrefixCache:
             for layer in zip(*found, strict=True)
         ]
 
-    def keep(
-        self, prefixes: Sequence[tuple[int, ...]], layers: KeyValues, owners: Sequence[str]
-    ) -> None:
-        """`layers`: those of all the prefixes, as `together` gives them, and from now on this
-        cache's; `owners`: their groups."""
+    def keep(self, spans: Sequence[Span], layers: KeyValues) -> None:
+        """`layers`: of the rows of all spans, one after the other."""
         start = 0
-        for prefix, owner in zip(prefixes, owners, strict=True):
-            rows = slice(start, start := start + len(prefix))
-            size = sum(k[rows].nbytes + v[rows].nbytes for k, v in layers)
-            if prefix in self._items or size > self.max_bytes:
+        for span in spans:
+            rows = slice(start, start := start + len(span.rows))
+            if span.prefix in self._items or not span.prefix:
                 continue
-            # Copies again: a slice would keep the other prefixes with it.
-            is_all = len(prefixes) == 1
-            kept = layers if is_all else [(k[rows].clone(), v[rows].clone()) for k, v in layers]
-            self._items[prefix] = owner, kept
-            self.num_bytes += size
-            while self.num_bytes > self.max_bytes:
-                self._drop(next(iter(self._items)))
+            own = [(k[rows], v[rows]) for k, v in layers]
+            if span.before:
+                before = self._items[span.before][1]
+                kept = [(torch.cat([a, k]), torch.cat([b, v]))
+                        for (a, b), (k, v) in zip(before, own, strict=True)]  # fmt: skip
+            else:
+                # Copies again: a slice would keep the other prefixes with it.
+                kept = [(k.clone(), v.clone()) for k, v in own]
+            self._items[span.prefix] = span.owner, kept
+            self.num_bytes += _num_bytes(kept)
+
+    def trim(self) -> None:
+        while self.num_bytes > self.max_bytes:
+            self._drop(next(iter(self._items)))
+
+
+def _num_bytes(layers: KeyValues) -> int:
+    return sum(k.nbytes + v.nbytes for k, v in layers)
+
+
+def _families(prompts: Sequence[Prompt], chosen: Iterable[int]) -> list[Family]:
+    by_prefix: dict[tuple[int, ...], list[int]] = {}
+    for place in chosen:
+        by_prefix.setdefault(prompts[place].prefix, []).append(place)
+    return list(by_prefix.items())
+
+
+def _holdable(prompts: Sequence[Prompt], pass_tokens: int) -> Iterator[list[Family]]:
+    """All families, as many at a time as one pass could hold the prefixes of: no more memory is
+    planned for what is kept (`memory.token_bytes_of`)."""
+    now: list[Family] = []
+    used = 0
+    for prefix, places in _families(prompts, range(len(prompts))):
+        if now and used + len(prefix) > pass_tokens:
+            yield now
+            now, used = [], 0
+        now.append((prefix, places))
+        used += len(prefix)
+    yield now
 
 
 def passes(
     prompts: Sequence[Prompt],
     pass_tokens: int,
-    chosen: Sequence[int] | None = None,
-    *,
-    is_prefix_free: bool = False,
+    chosen: Iterable[int],
 ) -> Iterator[list[Family]]:
     """The families of the chosen prompts, in passes of at most `pass_tokens`, or of one prompt that
-    is longer. A family that is cut is read after its prefix again."""
-    by_prefix: dict[tuple[int, ...], list[int]] = {}
-    for place in range(len(prompts)) if chosen is None else chosen:
-        by_prefix.setdefault(prompts[place].prefix, []).append(place)
+    is longer. A kept prefix counts as much as one that is read: its keys and values are copied for
+    the pass."""
     now: list[Family] = []
     used = 0
-    for prefix, places in by_prefix.items():
+    for prefix, places in _families(prompts, chosen):
         is_open = False  # the prefix is in `now`
         for place in places:
             rest = len(prompts[place].rest)
-            before = 0 if is_prefix_free else len(prefix)
-            cost = rest + (0 if is_open else before)
+            cost = rest + (0 if is_open else len(prefix))
             if now and used + cost > pass_tokens:
                 yield now
                 now, used, is_open = [], 0, False
-                cost = rest + before
+                cost = rest + len(prefix)
             if not is_open:
                 now.append((prefix, []))
                 is_open = True

@@ -19,7 +19,8 @@ from sglang_deepprune.judges import packed as packed_module
 from sglang_deepprune.judges.attention import ENV, FLASHINFER
 from sglang_deepprune.judges.llm import LLMJudge
 from sglang_deepprune.judges.lm_prompt import Prompt
-from sglang_deepprune.judges.packed import Packed, PrefixCache, passes
+from sglang_deepprune.judges.memory import CACHE_BYTES
+from sglang_deepprune.judges.packed import Packed, PrefixCache, Span, passes
 from sglang_deepprune.kernels.prefix_attention import prefix_attention
 from sglang_deepprune.kernels.prefix_tree import pack
 from tests import lm_judge
@@ -32,16 +33,19 @@ def judge(tmp_path_factory) -> LLMJudge:
     return found
 
 
-def forest(seed: int, families: list[list[int]], longest_prefix: int) -> list[Prompt]:
+def forest(
+    seed: int, families: list[list[int]], longest_prefix: int, stem: int = 0
+) -> list[Prompt]:
+    """`stem`: tokens with which each prefix begins, before those of its own."""
     rng = random.Random(seed)
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(512) for _ in range(count))
 
-    found = []
+    found, start = [], ids(stem)
     for rests in families:
-        prefix = ids(rng.randrange(1, longest_prefix + 1))
-        found += [Prompt(prefix, ids(rest)) for rest in rests]
+        prefix = start + ids(rng.randrange(1, longest_prefix + 1))
+        found += [Prompt(prefix, ids(rest), stem_tokens=stem) for rest in rests]
     rng.shuffle(found)
     return found
 
@@ -53,16 +57,59 @@ def forest(seed: int, families: list[list[int]], longest_prefix: int) -> list[Pr
     seed=st.integers(0, 10**6),
     families=st.lists(st.lists(st.integers(1, 90), max_size=6), min_size=1, max_size=5).filter(any),
     pass_tokens=st.sampled_from([1, 100, 8192]),
+    stem=st.sampled_from([0, 1, 80]),
+    kept_bytes=st.sampled_from([0, 60_000, 512 << 20]),
 )
-def test_scores_are_those_of_ordinary_passes(judge: LLMJudge, seed, families, pass_tokens):
-    prompts = forest(seed, families, 120)
+def test_scores_are_those_of_ordinary_passes(
+    judge: LLMJudge, seed, families, pass_tokens, stem, kept_bytes
+):
+    prompts = forest(seed, families, 120, stem)
     packed = judge.packed
     assert packed is not None
-    packed.pass_tokens = pass_tokens
+    packed.pass_tokens, packed.prefixes.max_bytes = pass_tokens, kept_bytes
     try:
-        assert judge.score_prompts(prompts) == pytest.approx(judge.score_padded(prompts), abs=1e-5)
+        for some in (prompts[::2] or prompts, prompts):  # the second finds what the first has left
+            assert judge.score_prompts(some) == pytest.approx(judge.score_padded(some), abs=1e-5)
+            assert packed.prefixes.num_bytes <= kept_bytes
     finally:
-        packed.pass_tokens = 8192
+        packed.pass_tokens, packed.prefixes.max_bytes = 8192, CACHE_BYTES
+
+
+def test_the_stem_of_a_group_is_read_once(judge: LLMJudge):
+    """In front of all its prefixes, and a new prefix rides with its first prompt."""
+    packed = judge.packed
+    assert packed is not None
+    packed.prefixes.clear()
+    prompts = forest(7, [[10, 20, 30], [5], [6, 7]], 50, stem=90)
+    wanted = judge.score_padded(prompts)
+    before = judge.tokens_read
+    assert judge.score_prompts(prompts) == pytest.approx(wanted, abs=1e-5)
+    bodies = {one.prefix: len(one.prefix) - 90 for one in prompts}
+    rests = sum(len(one.rest) for one in prompts)
+    assert judge.tokens_read - before == 90 + sum(bodies.values()) + rests
+    before = judge.tokens_read
+    later = replace(prompts[0], prefix=(*prompts[0].stem, 1, 2, 3))
+    score = judge.score_prompts([later])
+    assert judge.tokens_read - before == 3 + len(later.rest)
+    assert score == pytest.approx(judge.score_padded([later]), abs=1e-5)
+
+
+def test_on_a_gpu_a_stem_saves_no_less_than_a_pass_costs(judge: LLMJudge, monkeypatch):
+    packed = judge.packed
+    assert packed is not None
+    monkeypatch.setattr(packed, "prefixes", PrefixCache(CACHE_BYTES))
+    monkeypatch.setattr(packed, "model", SimpleNamespace(device=torch.device("cuda")))
+
+    def after_stem(families: list[list[int]], stem: int) -> list[int]:
+        """Lengths of the rests that are read after the stem."""
+        prompts = forest(3, families, 50, stem)
+        found = packed._bodies(prompts, packed_module._families(prompts, range(len(prompts))))
+        return sorted(len(prompts[place].rest) for place in found)
+
+    assert after_stem([[10, 11], [5]], stem=90) == [5]
+    assert after_stem([[10, 10], [5]], stem=1200) == [5, 10]
+    assert after_stem([[10, 10]], stem=1200) == []  # no second prefix shares it
+    assert after_stem([[1, 1]] * 8, stem=90) == [1] * 8
 
 
 def test_a_prefix_that_is_known_is_not_read_again(judge: LLMJudge):
@@ -98,27 +145,31 @@ def test_what_is_kept_of_a_pass_holds_no_other_row_nor_any_query():
     tree = pack([5, 2], [3], [1])
     fused = torch.randn(tree.total_tokens, 8, 4)  # queries, keys and values of one product
     heads = fused.transpose(0, 1)[None]
-    now = packed_module._Pass(tree, prefix_attention, None)
+    now = packed_module._Pass(tree, prefix_attention, None, torch.tensor([1, 2, 7]))
     token = packed_module._PASS.set(now)
     try:
         packed_module.attention(None, heads[:, :4], heads[:, 4:6], heads[:, 6:], None)
     finally:
         packed_module._PASS.reset(token)
     (kept,) = now.layers
-    assert torch.equal(kept[0], fused[:7, 4:6]) and torch.equal(kept[1], fused[:7, 6:])
+    rows = fused[[1, 2, 7]]
+    assert torch.equal(kept[0], rows[:, 4:6]) and torch.equal(kept[1], rows[:, 6:])
     assert all(one.untyped_storage().nbytes() == one.nbytes for one in kept)
 
 
-def test_one_prefix_is_copied_once_and_of_several_each_for_itself():
+def test_each_prefix_is_kept_for_itself():
     layers = [(torch.randn(5, 2, 4), torch.randn(5, 2, 4))]
     cache = PrefixCache(10_000)
-    cache.keep([(1, 2, 3, 4, 5)], layers, ["a"])
-    assert cache.together([(1, 2, 3, 4, 5)])[0][0].equal(layers[0][0])
-    assert cache._items[(1, 2, 3, 4, 5)][1][0][0] is layers[0][0]
-    cache.keep([(1, 2), (7, 8, 9)], layers, ["a", "b"])
-    for prefix in ((1, 2), (7, 8, 9)):
+    cache.keep(
+        [Span((1, 2), (), "a", range(2)), Span((1, 2, 7, 8, 9), (1, 2), "b", range(4, 7))], layers
+    )
+    for prefix, rows in (((1, 2), slice(2)), ((1, 2, 7, 8, 9), slice(5))):
         ((key, value),) = cache._items[prefix][1]
         assert key.untyped_storage().nbytes() == key.nbytes == value.nbytes
+        assert torch.equal(key, layers[0][0][rows]) and torch.equal(value, layers[0][1][rows])
+    cache.max_bytes = 0
+    cache.trim()
+    assert cache.num_bytes == 0 and (1, 2) not in cache
 
 
 def test_what_was_kept_for_a_group_is_dropped_when_it_ends(judge: LLMJudge):
@@ -147,7 +198,7 @@ def test_a_shared_prefix_is_read_once(judge: LLMJudge):
 def test_passes_hold_every_prompt_once_and_keep_to_their_size():
     prompts = forest(3, [[40] * 9, [7, 90], [300], [1]], 60)
     seen = []
-    for families in passes(prompts, 200):
+    for families in passes(prompts, 200, range(len(prompts))):
         size = sum(len(prefix) + sum(len(prompts[i].rest) for i in places)
                    for prefix, places in families)  # fmt: skip
         count = sum(len(places) for _, places in families)
@@ -163,7 +214,7 @@ def test_long_prompts_agree_too(tmp_path: Path):
     body = json.loads(config.read_text()) | {"max_position_embeddings": 8192}
     config.write_text(json.dumps(body))
     judge = LLMJudge(str(tmp_path))
-    prompts = forest(5, [[3000, 1], [700]], 4096)
+    prompts = forest(5, [[3000, 1], [700]], 2048, stem=2048)
     assert judge.score_prompts(prompts) == pytest.approx(judge.score_padded(prompts), abs=1e-5)
 
 
