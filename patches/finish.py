@@ -15,7 +15,7 @@ from sglang.srt.managers.schedule_batch import (
     FINISH_MATCHED_TOKEN,
 )
 
-from sglang_deepprune.coordinator import Retired
+from sglang_deepprune.actions import Retired
 from sglang_deepprune.group import State
 from sglang_deepprune.patches import wire
 

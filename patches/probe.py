@@ -27,7 +27,7 @@ import torch
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
 from sglang_deepprune import probing
-from sglang_deepprune.coordinator import Fork
+from sglang_deepprune.actions import Fork
 from sglang_deepprune.metrics import HOOK_ERRORS
 from sglang_deepprune.patches import sampling
 from sglang_deepprune.patches.fork import ProbeReq

@@ -17,7 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from sglang_deepprune import policy
-from sglang_deepprune.coordinator import Start
+from sglang_deepprune.actions import Start
 from sglang_deepprune.group import Group
 from sglang_deepprune.metrics import EXTRAS_STARTED, EXTRAS_YIELDED, RETRACTIONS, Who
 from sglang_deepprune.stepmodel import StepModel

@@ -18,17 +18,9 @@ from typing import Any
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from sglang_deepprune.actions import Action, Command, End, Fork, Retired, Start, Stop
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.coordinator import (
-    Action,
-    Command,
-    Coordinator,
-    End,
-    Fork,
-    Retired,
-    Start,
-    Stop,
-)
+from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import State
 from sglang_deepprune.metrics import FREED_SLOTS, HOOK_ERRORS, RETRACTIONS, Stopped, Who
 from sglang_deepprune.noise import sibling_seed

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_deepprune import policy, tau
+from sglang_deepprune.actions import Action, Admission, Command, End, Fork, Retired, Start, Stop
 from sglang_deepprune.answers import Fence, extract
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.ending import EndingReader
@@ -30,7 +31,6 @@ from sglang_deepprune.record import choice_of, record_of
 from sglang_deepprune.truncation import warm_up
 from sglang_deepprune.types import (
     ABSENT,
-    ChoiceRecord,
     Close,
     Expire,
     FenceResult,
@@ -43,49 +43,9 @@ from sglang_deepprune.voting import Ballot, Question
 
 logger = logging.getLogger(__name__)
 
-Command = JudgeResult | FenceResult | Close | Expire | Probe
 HOLD_LIMIT_S = 2.0  # the longest that a finished group's last output waits for the fence
 MOST_MEMBERS = 4096  # of a client-side group; whoever comes later is a plain request
 MOST_AWAITED = 65_536  # siblings of all client-side groups: one request may announce thousands
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End this sibling now; `state` is what it will be called."""
-
-    group_id: str
-    index: int
-    state: State
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Queue this held sibling now, at its group's place."""
-
-    group_id: str
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """Ask a copy of this running sibling for its answer. `epoch`: the group's, for `probed`."""
-
-    group_id: str
-    index: int
-    epoch: int
-
-
-Action = Stop | Start | Fork
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """A sibling has reached its natural end. `is_cut`: by its token limit."""
-
-    index: int
-    output_ids: Sequence[int]
-    is_cut: bool
-
 
 _GREEDY = (
     "deepprune: the siblings of a group at temperature 0 are one and the same trace; what stopping "
@@ -93,24 +53,6 @@ _GREEDY = (
 )
 _PROMPT_TOKENS = 2048  # about a millisecond to decode, once a group
 _PROMPT_CHARS = 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """What becomes of a sibling that arrives: queued, held, or ended before it starts."""
-
-    index: int
-    is_held: bool = False
-    end: State | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Retired:
-    """What a sibling's last output carries. `is_pending`: hold it until the vote is counted."""
-
-    choice: ChoiceRecord
-    group: GroupRecord | None = None
-    is_pending: bool = False
 
 
 @dataclass(slots=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from sglang_deepprune.actions import Action, Admission, End, Start, Stop
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.coordinator import Action, Admission, Coordinator, End, Start, Stop
+from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import State
 from sglang_deepprune.types import (
     ABSENT,

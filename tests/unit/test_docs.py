@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from sglang_deepprune import cli, evaluation, policy
+from sglang_deepprune.actions import End, Stop
 from sglang_deepprune.config import (
     PRESETS,
     DeepPruneConfig,
@@ -19,7 +20,7 @@ from sglang_deepprune.config import (
     request_fields,
     setting_fields,
 )
-from sglang_deepprune.coordinator import Coordinator, End, Stop
+from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import State
 from sglang_deepprune.judges import load_judge
 from sglang_deepprune.judges.permission import with_card

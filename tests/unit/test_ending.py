@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from sglang_deepprune.actions import End
 from sglang_deepprune.answers import extract
 from sglang_deepprune.config import MOST_CUT_TOKENS, DeepPruneConfig
-from sglang_deepprune.coordinator import Coordinator, End
+from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.ending import TAIL_CHARS, TAIL_TOKENS, EndingReader, mark_ids_of
 
 OPEN, CLOSE, CHANNEL = 1, 2, 3

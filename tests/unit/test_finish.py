@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_deepprune.coordinator import Retired
+from sglang_deepprune.actions import Retired
 from sglang_deepprune.group import State
 from sglang_deepprune.patches import finish
 from sglang_deepprune.types import ChoiceRecord, GroupRecord

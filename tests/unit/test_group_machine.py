@@ -31,9 +31,10 @@ from hypothesis.stateful import (
 )
 
 from sglang_deepprune import metrics, policy
+from sglang_deepprune.actions import Action, Command, End, Retired, Start, Stop
 from sglang_deepprune.clustering import place
 from sglang_deepprune.config import PRESETS, DeepPruneConfig
-from sglang_deepprune.coordinator import Action, Command, Coordinator, End, Retired, Start, Stop
+from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import Group, State
 from sglang_deepprune.types import ABSENT, GroupRecord, JudgeResult, JudgeTask
 from tests.unit.test_coordinator import Clock, FakeFence, FakeJudge, decode

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sglang_deepprune import reading
+from sglang_deepprune.actions import End
 from sglang_deepprune.config import MOST_CUT_TOKENS, DeepPruneConfig
-from sglang_deepprune.coordinator import MOST_AWAITED, MOST_MEMBERS, Coordinator, End
+from sglang_deepprune.coordinator import MOST_AWAITED, MOST_MEMBERS, Coordinator
 from sglang_deepprune.group import State
 from sglang_deepprune.reading import MOST_CUTS, READ_TOKENS
 from sglang_deepprune.record import MOST_RUNNING_VOTES

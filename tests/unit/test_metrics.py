@@ -16,8 +16,9 @@ import prometheus_client
 import pytest
 
 from sglang_deepprune import metrics, policy
+from sglang_deepprune.actions import End
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.coordinator import Coordinator, End
+from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import State
 from sglang_deepprune.metrics import Failure, Meter, Metric, Reason
 from sglang_deepprune.patches.metrics import Gauges, PrometheusMeter, meter_of, private_slots

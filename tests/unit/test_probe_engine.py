@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from sglang_deepprune.actions import Fork
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.coordinator import Fork
 from sglang_deepprune.metrics import HOOK_ERRORS
 from sglang_deepprune.patches import fork, probe, seams
 from sglang_deepprune.patches.probe import Probes

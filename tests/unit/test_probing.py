@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sglang_deepprune.actions import End, Fork, Stop
 from sglang_deepprune.clustering import place
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
-from sglang_deepprune.coordinator import Coordinator, End, Fork, Stop
+from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import State
 from sglang_deepprune.judges import check_judge, check_offline, load_judge
 from sglang_deepprune.judges.permission import card_path
