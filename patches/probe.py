@@ -280,7 +280,7 @@ class Probes:
         for req, token in zip(batch.reqs, tokens, strict=False):
             if not isinstance(req, ProbeReq) or req.finished() or req.to_finish is not None:
                 continue
-            if self._may_close(token) and self.engine.coordinator.is_answered(
+            if self._may_close(token) and self.engine.coordinator.handover.is_answered(
                 [*req.output_ids, token]
             ):
                 req.to_finish = FINISH_LENGTH(len(req.output_ids) + 1)
@@ -311,7 +311,7 @@ class Probes:
         values = torch.stack(one.values[: len(ids)]).tolist()
         self._log(one, tail, len(ids), values)
         fork = one.fork
-        self.engine.coordinator.probed(
+        self.engine.coordinator.handover.probed(
             fork.group_id, fork.index, fork.epoch, ids, values, num_tokens=tail + len(ids)
         )
 
@@ -363,7 +363,7 @@ class Probes:
             self.engine.log_tables()  # they outlive their group by a step
 
     def _tell(self, fork: Fork, *, num_tokens: int = 0, failure: str) -> None:
-        self.engine.coordinator.probed(
+        self.engine.coordinator.handover.probed(
             fork.group_id, fork.index, fork.epoch, num_tokens=num_tokens, failure=failure
         )
 

@@ -14,20 +14,22 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from sglang_deepprune import policy, tau
-from sglang_deepprune.actions import Action, Admission, Command, End, Fork, Retired, Start, Stop
+from sglang_deepprune import policy
+from sglang_deepprune.actions import Action, Admission, Command, End, Retired, Start, Stop
 from sglang_deepprune.answers import Fence, extract
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.ending import EndingReader
 from sglang_deepprune.group import Group, Sibling, State
+from sglang_deepprune.handover import Handover
 from sglang_deepprune.judging import JudgeWorker
-from sglang_deepprune.metrics import GROUPS, VERDICT_LATENCY, Meter, Reason, count_group
-from sglang_deepprune.probing import ProbeDesk, box_end, read
+from sglang_deepprune.metrics import GROUPS, Meter, Reason, count_group
+from sglang_deepprune.probing import ProbeDesk
+from sglang_deepprune.questions import Questions
 from sglang_deepprune.reading import READ_TOKENS, TraceReader, in_turn
 from sglang_deepprune.record import choice_of, record_of
+from sglang_deepprune.run import Run
 from sglang_deepprune.truncation import warm_up
 from sglang_deepprune.types import (
     ABSENT,
@@ -35,11 +37,9 @@ from sglang_deepprune.types import (
     Expire,
     FenceResult,
     GroupRecord,
-    JudgeResult,
-    JudgeTask,
     Probe,
 )
-from sglang_deepprune.voting import Ballot, Question
+from sglang_deepprune.voting import Ballot
 
 logger = logging.getLogger(__name__)
 
@@ -53,30 +53,6 @@ _GREEDY = (
 )
 _PROMPT_TOKENS = 2048  # about a millisecond to decode, once a group
 _PROMPT_CHARS = 16_384
-
-
-@dataclass(slots=True)
-class Run:
-    """A group and what the coordinator needs around it."""
-
-    group: Group
-    reader: TraceReader
-    max_new_tokens: int
-    is_client_side: bool = False
-    starts_in_reasoning: bool = False
-    in_flight: frozenset[int] = frozenset()  # siblings of the task that the judge has now
-    asked_s: float = 0.0  # when it was handed over
-    over_s: float | None = None  # since when its last output waits for the fence
-    touched_s: float = 0.0
-    order: int = 0  # the engine's: when the group's first sibling arrived
-
-    @property
-    def is_awaited(self) -> bool:
-        """Members may still come: an open group, or siblings that nobody has sent yet."""
-        group = self.group
-        return not group.is_closed or any(
-            sibling.state is State.EXPECTED for sibling in group.siblings.values()
-        )
 
 
 class Coordinator:
@@ -99,7 +75,6 @@ class Coordinator:
         self.endings = EndingReader(decode, mark_ids)
         self.read = read or decode  # for judges: plain text, the same for every longer prefix
         self.judge = judge  # the leader's only
-        self.desk = judge if isinstance(judge, ProbeDesk) else None  # the same, if it is a probe's
         self.fence = fence  # the leader's only
         self.clock = clock
         self.meter = meter or Meter()  # one that counts is the leader's only
@@ -110,8 +85,9 @@ class Coordinator:
         self._num_awaited = 0  # see MOST_AWAITED
         self._next_read = ""  # the group at which the last step ran out of tokens to read
         self._told_greedy = False
-        self._asked: dict[int, FenceResult] = {}  # fence ticket -> the question, unanswered
-        self._failed: list[Command] = []  # what could not even be asked
+        self._failed: list[Command] = []  # what these two could not even ask
+        self.questions = Questions(fence, self._failed)
+        self.handover = Handover(self.runs, judge, decode, clock, self.meter, self._failed)
         self._abandoned: deque[str] = deque(maxlen=1024)  # groups that late siblings must not renew
 
     @property
@@ -122,7 +98,7 @@ class Coordinator:
     @property
     def sizes(self) -> dict[str, int]:
         """How full the tables are; all zero when nothing is live."""
-        return {"groups": len(self.runs), "questions": len(self._asked)}
+        return {"groups": len(self.runs), "questions": len(self.questions.asked)}
 
     def admit(
         self,
@@ -225,7 +201,7 @@ class Coordinator:
                 if run.reader.has_more:
                     self._next_read = group_id
             if is_window:
-                self._look(run)
+                self.handover.look(run)
 
     def vote(self, group_id: str, ends: Sequence[End]) -> list[Action]:
         """The siblings that end in this step, in the batch's order: their ballots, and what follows
@@ -260,9 +236,9 @@ class Coordinator:
         sibling.has_voted = True
         if group.config.is_judged:
             trace = run.reader.ended(end.index, end.output_ids, sibling.answer)
-            if trace is not None and self.desk is not None:
-                self.desk.ended(group.group_id, trace)
-        self._ask(run, group.tally.add(Ballot(sibling.answer, end.index)))
+            if trace is not None:
+                self.handover.ended(group.group_id, trace)
+        self.questions.ask(group, group.tally.add(Ballot(sibling.answer, end.index)))
 
     def apply(self, command: Command) -> list[Action]:
         """A verdict of the leader, on every rank at the same step. Late ones are dropped."""
@@ -275,21 +251,18 @@ class Coordinator:
             run.group.tally.give_up()
         elif isinstance(command, FenceResult):
             run.group.tally.resolve(command.low, command.high, command.is_same)
-            self._drop_moot(run.group)
+            self.questions.drop_moot(run.group)
         elif isinstance(command, Probe):
-            return self._forks(run, command)
+            return self.handover.forks(run.group, command)
         else:
-            self._place(run, command)
+            self.handover.place(run, command)
         return self._replan(run)
 
     def poll(self) -> list[Command]:
         """Leader only: what judge, fence and clock have to say by now. Never blocks."""
-        commands, self._failed = self._failed, []
-        if self.fence is not None:  # also with nothing asked: see `tidy`
-            for ticket, is_same in self.fence.poll():
-                asked = self._asked.pop(ticket, None)
-                if asked is not None:
-                    commands.append(asked.answered(is_same))
+        commands = self._failed.copy()
+        self._failed.clear()
+        commands += self.questions.poll()
         if self.judge is not None:
             commands += self.judge.poll()
         now = self.clock()
@@ -302,12 +275,6 @@ class Coordinator:
                 run.touched_s = now
                 commands.append(Close(group_id, epoch))
         return commands
-
-    def tidy(self) -> None:
-        """Leader, while no group lives: a pair that is in flight for a group that has ended is held
-        to its second all the same. Unasked, a hung child would compute without end."""
-        if self.fence is not None:
-            self.fence.poll()
 
     def retire(self, group_id: str, index: int, state: State, num_tokens: int) -> Retired | None:
         """A sibling has ended, exactly once. The last one brings the group's record."""
@@ -360,49 +327,6 @@ class Coordinator:
             return None
         held[0].state = State.QUEUED
         return Start(group_id, held[0].index)
-
-    def is_answered(self, ids: Sequence[int]) -> bool:
-        """Whether a probe's tokens have closed the box that its text opened."""
-        return box_end(self.decode(ids)) is not None
-
-    def probed(
-        self,
-        group_id: str,
-        index: int,
-        epoch: int,
-        ids: Sequence[int] = (),
-        probabilities: Sequence[float] = (),
-        *,
-        num_tokens: int = 0,
-        failure: str = "",
-    ) -> None:
-        """A probe has ended, on every rank. Its probabilities are the leader's to read.
-
-        `num_tokens`: prefilled beside what was in the cache, and decoded. `failure`: why it has no
-        tokens, if that is worth a log line.
-        """
-        run = self.runs.get(group_id)
-        if run is None or run.group.epoch != epoch:
-            return
-        run.group.judge_tokens += num_tokens
-        if self.desk is None:
-            return
-        reading = None
-        if ids:
-            reading = read(ids, probabilities, self.decode)
-            failure = "" if reading is not None else "no answer in its box"
-        self.desk.told(group_id, index, reading, failure)
-
-    def _forks(self, run: Run, command: Probe) -> list[Action]:
-        """Of the siblings that run; the others cannot be asked now."""
-        forks: list[Action] = []
-        for index in command.indices:
-            sibling = run.group.siblings[index]
-            if sibling.state is State.RUNNING and sibling.is_live and not sibling.has_voted:
-                forks.append(Fork(command.group_id, index, command.epoch))
-            elif self.desk is not None:
-                self.desk.told(command.group_id, index, None)
-        return forks
 
     def is_asleep(self, group_id: str) -> bool:
         """Nothing of the group runs or is queued, and somebody is held: it must be replanned."""
@@ -470,24 +394,7 @@ class Coordinator:
             self._num_awaited -= run.group.size
         if self.judge is not None:
             self.judge.drop(group_id)
-        self._unask([ticket for ticket, one in self._asked.items() if one.group_id == group_id])
-
-    def _drop_moot(self, group: Group) -> None:
-        """What a merge has answered is asked no more."""
-        still = {(question.low, question.high) for question in group.tally.open_questions}
-        self._unask(
-            [
-                ticket
-                for ticket, one in self._asked.items()
-                if one.group_id == group.group_id and (one.low, one.high) not in still
-            ]
-        )
-
-    def _unask(self, tickets: Sequence[int]) -> None:
-        for ticket in tickets:
-            del self._asked[ticket]
-        if self.fence is not None and tickets:
-            self.fence.drop(tickets)
+        self.questions.forget(group_id)
 
     def _close(self, run: Run) -> None:
         """Time is out: whoever has not come will not be waited for."""
@@ -504,81 +411,9 @@ class Coordinator:
     def _conclude(self, run: Run) -> GroupRecord:
         """The group has ended: its record, counted once, and the group is gone."""
         record = record_of(run.group, run.max_new_tokens, is_settled=True)
-        count_group(self.meter, record, is_probed=self.desk is not None)
+        count_group(self.meter, record, is_probed=self.handover.desk is not None)
         self.forget(run.group.group_id)
         return record
-
-    def _look(self, run: Run) -> None:
-        """Hand over what was cut, unless the judge is at it already."""
-        group = run.group
-        if self.desk is not None and group.steps % group.config.window == 0:
-            self.desk.window(group.group_id)
-        fresh, traces = run.reader.fresh, run.reader.traces
-        if not fresh or run.in_flight or group.is_decided or group.is_released:
-            return
-        placed = [traces[index] for cluster in group.clusters for index in cluster]
-        task = JudgeTask(
-            group_id=group.group_id,
-            epoch=group.epoch,
-            traces=tuple(traces[index] for index in fresh),
-            members=tuple(placed),
-            clusters=tuple(tuple(cluster) for cluster in group.clusters),
-            tau=tau.merge_tau(group),
-            max_clusters=group.config.k,
-            num_compared=group.config.k1,
-            seed=group.config.seed,
-            compare=group.config.compare,
-            compare_error=group.config.compare_error,
-        )
-        for index in fresh:
-            group.siblings[index].is_submitted = True
-        run.in_flight, run.asked_s = frozenset(fresh), self.clock()
-        group.windows += 1
-        self._submit(task)
-
-    def _place(self, run: Run, result: JudgeResult) -> None:
-        group = run.group
-        if not run.in_flight or not run.in_flight.issuperset(s.sibling for s in result.assignments):
-            return  # placed already: a command may come twice, the next window being out or not
-        run.in_flight = frozenset()
-        if result.error is None:
-            self.meter.observe(VERDICT_LATENCY, self.clock() - run.asked_s)
-        group.judge_calls += result.num_pairs
-        group.judge_tokens += result.num_tokens
-        group.judge_ms += result.elapsed_ms
-        for one in result.assignments:
-            sibling = group.siblings[one.sibling]
-            known = one.similarity == one.similarity  # not NaN
-            sibling.similarity = one.similarity if known else None
-            sibling.cluster = one.cluster
-            sibling.has_verdict = known or one.cluster != ABSENT
-            if one.cluster == len(group.clusters):
-                group.clusters.append([])
-            if one.cluster != ABSENT:
-                group.clusters[one.cluster].append(one.sibling)
-
-    def _ask(self, run: Run, questions: Sequence[Question]) -> None:
-        """Leader only. A fence that cannot be asked answers "not shown", by the same broadcast: to
-        raise here would split the ranks."""
-        if self.fence is None:
-            return
-        group = run.group
-        for question in questions:
-            asked = FenceResult(group.group_id, group.epoch, question.low, question.high)
-            try:
-                self._asked[self.fence.ask(question.left, question.right)] = asked
-            except OSError:
-                self._failed.append(asked)
-
-    def _submit(self, task: JudgeTask) -> None:
-        """Leader only, and as careful as `_ask`."""
-        if self.judge is None:
-            return
-        try:
-            self.judge.submit(task)
-        except OSError as error:
-            failed = JudgeResult(task.group_id, task.epoch, error=type(error).__name__)
-            self._failed.append(failed)
 
     def _replan(self, run: Run) -> list[Action]:
         """Ask the policy; doom whom it stops, queue whom it starts."""

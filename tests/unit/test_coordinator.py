@@ -465,7 +465,7 @@ def test_the_fence_is_polled_when_the_group_that_asked_is_gone():
     c.abandon("g")
     assert c.fence.dropped == [0] and c.is_idle  # type: ignore[union-attr]
     c.fence.answers = [(0, None)]  # type: ignore[union-attr]
-    c.tidy()
+    c.questions.tidy()
     assert not c.fence.answers  # type: ignore[union-attr]
     fill(c, 2, "h")
     c.fence.answers = [(0, None)]  # type: ignore[union-attr]

@@ -529,7 +529,7 @@ class Ranks(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_kept_of_groups_that_are_gone(self) -> None:
-        for question in self.leader._asked.values() if hasattr(self, "leader") else ():
+        for question in self.leader.questions.asked.values() if hasattr(self, "leader") else ():
             assert question.group_id in self.leader.runs
 
     def teardown(self) -> None:

@@ -15,13 +15,18 @@ from sglang_deepprune.patches.probe import Probes
 from tests.unit.test_metrics import Tally
 
 
-class FakeCoordinator:
+class FakeHandover:
     def __init__(self) -> None:
         self.told: list[tuple[int, str]] = []
-        self.runs: dict[str, Any] = {}
 
     def probed(self, group_id: str, index: int, epoch: int, **more: Any) -> None:
         self.told.append((index, more["failure"]))
+
+
+class FakeCoordinator:
+    def __init__(self) -> None:
+        self.handover = FakeHandover()
+        self.runs: dict[str, Any] = {}
 
 
 def make() -> Probes:
@@ -45,7 +50,7 @@ def test_a_fault_of_ours_ends_all_probes_and_is_logged_once(caplog: pytest.LogCa
         assert probes.guard(broken) is None
     assert not probes.is_busy
     reason = "broken raised ZeroDivisionError"
-    assert probes.engine.coordinator.told == [(0, reason), (1, reason)]
+    assert probes.engine.coordinator.handover.told == [(0, reason), (1, reason)]
     assert len(caplog.records) == 1
     assert probes.engine.meter.of(HOOK_ERRORS) == {"": 3}
 

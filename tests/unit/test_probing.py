@@ -87,7 +87,7 @@ def step(c: Coordinator) -> tuple[list[Fork], list[Stop]]:
 def tell(c: Coordinator, fork: Fork, answer: str, probability: float = 1.0) -> None:
     ids = ids_of(f"{answer}}}")
     values = [probability] + [1.0] * (len(ids) - 1)
-    c.probed(fork.group_id, fork.index, fork.epoch, ids, values, num_tokens=10)
+    c.handover.probed(fork.group_id, fork.index, fork.epoch, ids, values, num_tokens=10)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_probe_that_fails_prunes_nobody_and_is_logged_once(caplog):
     run(c, 4, 2)
     for turn in range(2):
         for fork in step(c)[0]:
-            c.probed("g", fork.index, fork.epoch, failure="its row was needed")
+            c.handover.probed("g", fork.index, fork.epoch, failure="its row was needed")
         run(c, 4, 2, start=4 * (turn + 1))
     assert step(c) == ([], [])
     assert c.runs["g"].group.clusters == []
@@ -228,8 +228,8 @@ def test_a_probe_that_fails_prunes_nobody_and_is_logged_once(caplog):
 def test_a_worker_that_fails_prunes_nobody():
     c = make()
     opened(c, 2)
-    assert c.desk is not None
-    c.desk.worker.is_failing = True  # type: ignore[attr-defined]
+    assert c.handover.desk is not None
+    c.handover.desk.worker.is_failing = True  # type: ignore[attr-defined]
     run(c, 4, 2)
     for fork in step(c)[0]:
         tell(c, fork, "7")
@@ -266,7 +266,7 @@ def test_a_group_that_is_gone_is_asked_nothing_more():
     c.forget("g")
     tell(c, forks[0], "7")
     assert c.poll() == []
-    assert c.desk is not None and c.desk.num_pending == 0
+    assert c.handover.desk is not None and c.handover.desk.num_pending == 0
 
 
 def test_the_box_may_be_opened_by_a_text_of_your_own():
