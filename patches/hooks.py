@@ -229,8 +229,8 @@ def process_batch_result_decode(
 
 def _before_decode(ours: Engine, batch: Any, result: Any) -> None:
     ours.guard(ours.before_result, batch, result)
-    if ours.doomed:
-        ours.guard(ours.weigh_doomed, batch)
+    if ours.dooms.slots:
+        ours.guard(ours.dooms.weigh_doomed, batch)
 
 
 def _after_decode(ours: Engine, batch: Any) -> None:
@@ -278,8 +278,8 @@ def process_batch_result_prefill(
     ours = _engine
     if ours is not None and ours.probes.running:
         ours.guard(ours.before_prefill_result, batch, result)
-    if ours is not None and ours.doomed:
-        ours.guard(ours.weigh_doomed, batch)
+    if ours is not None and ours.dooms.slots:
+        ours.guard(ours.dooms.weigh_doomed, batch)
     returned = original(self, batch, result)
     if ours is not None and not ours.is_idle:
         ours.rows.interrupted()

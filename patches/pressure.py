@@ -81,7 +81,7 @@ class Pressure:
             return False  # whomever SGLang retracts, it is one of these
         index = min(lengths, key=lambda i: (lengths[i], -i)) if redundant is None else redundant
         if redundant is not None:
-            self.engine.weigh(batch.reqs[own[index]])
+            self.engine.dooms.weigh(batch.reqs[own[index]])
         self.engine.rows.release(batch, [own[index]])
         if redundant is not None:
             self.engine.prune(fattest, index)

@@ -18,14 +18,15 @@ from typing import Any
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from sglang_deepprune.actions import Action, Command, End, Fork, Retired, Start, Stop
+from sglang_deepprune.actions import Action, Command, End, Fork, Retired, Start
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import State
-from sglang_deepprune.metrics import FREED_SLOTS, HOOK_ERRORS, RETRACTIONS, Stopped, Who
+from sglang_deepprune.metrics import HOOK_ERRORS, RETRACTIONS, Who
 from sglang_deepprune.noise import sibling_seed
 from sglang_deepprune.patches import finish, sampling, wire
-from sglang_deepprune.patches.metrics import Gauges, private_slots
+from sglang_deepprune.patches.dooms import Dooms
+from sglang_deepprune.patches.metrics import Gauges
 from sglang_deepprune.patches.prefix import PrefixHold
 from sglang_deepprune.patches.pressure import Pressure
 from sglang_deepprune.patches.probe import Probes
@@ -77,7 +78,7 @@ class Engine:
         self.token = token_of(scheduler.server_args)
         self.meter = coordinator.meter
         self.gauges = Gauges(self)
-        self.doomed: dict[str, int] = {}  # rid of who is about to be stopped -> its own KV slots
+        self.dooms = Dooms(self)
         self.is_deterministic = bool(scheduler.server_args.enable_deterministic_inference)
         self.steps = StepLog(scheduler, config.log_steps)
         self.room = WaitingRoom(scheduler)
@@ -115,11 +116,11 @@ class Engine:
             return Arrival.STARTS  # a rid that is taken: no table has room for it
         if known is not None:
             if req.is_retracted:
-                self.doomed.pop(req.rid, None)
+                self.dooms.forget(req)
                 self.meter.count(RETRACTIONS, value=Who.SGLANG)
             if isinstance(req.to_finish, finish.FinishStopped):
                 # Doomed, and retracted: it holds no KV and must not start again.
-                self._end([req], req.to_finish.state)
+                self.dooms.end([req], req.to_finish.state)
                 return Arrival.DONE
             if req.rid in self.rows.extras:
                 self.rows.send_back(req)
@@ -150,7 +151,7 @@ class Engine:
             else:
                 sampling.SEEDS[req.rid] = own
         if admission.end is not None:
-            self._end([req], admission.end)
+            self.dooms.end([req], admission.end)
             return Arrival.DONE
         return Arrival.IS_HELD if admission.is_held else Arrival.STARTS
 
@@ -186,7 +187,7 @@ class Engine:
                 continue
             if req.to_finish is not None:
                 # Stopped in the step in which it ends anyway: its whole answer counts.
-                req.to_finish, req.skip_radix_cache_insert = None, live.skipped_insert
+                self.dooms.spare(req)
                 self.coordinator.revive(live.group_id, live.index)
             output_ids = [*req.output_ids, token] if is_cut else list(req.output_ids)
             ends.setdefault(live.group_id, []).append(End(live.index, output_ids, is_cut))
@@ -288,12 +289,12 @@ class Engine:
                     self.room.queue(req)
                 continue
             num_stopped += 1
-            if self.room.take(req) or self._take_from_queue(req):
+            if self.room.take(req) or self.dooms.take_from_queue(req):
                 ended.setdefault(action.state, []).append(req)
             elif not req.finished() and not isinstance(req.to_finish, FINISH_ABORT):
-                self._doom(req, action)
+                self.dooms.doom(req, action)
         for state, reqs in ended.items():
-            self._end(reqs, state)
+            self.dooms.end(reqs, state)
         for group_id in {action.group_id for action in actions}:
             self._let_go(group_id)
         self.steps.doomed(num_stopped)
@@ -308,63 +309,6 @@ class Engine:
             run = self.coordinator.runs.get(group_id)
             if run is None or run.group.is_decided or not run.group.has_held:
                 self.prefixes.let_go(group_id)
-
-    def _doom(self, req: Any, stop: Stop) -> None:
-        """SGLang ends it in the result processing that comes next."""
-        req.to_finish = finish.FinishStopped(stop.state, len(req.output_ids))
-        if self.meter.is_on:
-            self.doomed[req.rid] = 0
-        self.live[req.rid].skipped_insert = req.skip_radix_cache_insert
-        # The private tail goes back to the allocator instead of into the radix tree. Not before the
-        # first token: the prompt of a sibling in prefill is everybody's.
-        req.skip_radix_cache_insert |= len(req.output_ids) > 0
-
-    def weigh_doomed(self, batch: Any) -> None:
-        """Right before SGLang ends them: the KV that each of them will give back."""
-        for req in batch.reqs:
-            if req.rid in self.doomed and req.skip_radix_cache_insert:
-                self.weigh(req)
-
-    def weigh(self, req: Any) -> None:
-        """What a sibling that is about to be stopped owns alone goes back to the allocator."""
-        if not self.meter.is_on:
-            return
-        self.doomed[req.rid] = private_slots(req, self.scheduler.token_to_kv_pool_allocator)
-
-    def _take_from_queue(self, req: Any) -> bool:
-        """Out of SGLang's waiting or grammar queue, if it is in one and owns nothing.
-
-        One that has been given a mamba slot ends by `to_finish`, at its prefill, as does one with a
-        storage prefetch where SGLang has no release for it yet (before 0.5.20).
-        """
-        kv = getattr(req, "kv", None)
-        if getattr(req, "mamba_pool_idx", None) is not None or getattr(kv, "holds_mamba", False):
-            return False
-        old = not hasattr(self.scheduler, "_release_aborted_request")
-        if old and getattr(self.scheduler, "enable_hicache_storage", False):
-            return False
-        if req.output_ids and not req.is_retracted:
-            return False  # it runs: spare the walk through the queue
-        grammar = getattr(self.scheduler.grammar_manager, "grammar_queue", [])
-        for queue in (self.scheduler.waiting_queue, grammar):
-            for place, waiting in enumerate(queue):
-                if waiting is req:
-                    del queue[place]
-                    return True
-        return False
-
-    def _end(self, reqs: Sequence[Any], state: State) -> None:
-        """End siblings that hold no row: one terminal output each, with what it has."""
-        release = getattr(self.scheduler, "_release_aborted_request", None)  # 0.5.20 and later
-        for req in reqs:
-            if release is not None:
-                release(req)
-            req.to_finish = finish.FinishStopped(state, len(req.output_ids))
-            req.update_finish_state()
-        for wants_logprob in (False, True):
-            some = [req for req in reqs if bool(req.return_logprob) is wants_logprob]
-            if some:
-                self.scheduler.output_streamer.stream_output(some, wants_logprob)
 
     # -- the two doors -----------------------------------------------------------------------
 
@@ -400,13 +344,11 @@ class Engine:
     def _retire(self, live: Live, state: State) -> None:
         """The sibling's last output is about to leave, or to be held until the vote is counted."""
         req = live.req
-        slots = self.doomed.get(req.rid, 0)
-        self._drop(live)
         tokens = len(req.output_ids)
         if tokens == 0 and isinstance(req.finished_reason, finish.FinishStopped):
             state = State.NOT_STARTED
-        if slots and state in (State.PRUNED, State.DECIDED):
-            self.meter.count(FREED_SLOTS, slots, Stopped(state.value))
+        self.dooms.freed(req, state)
+        self._drop(live)
         retired = self.coordinator.retire(live.group_id, live.index, state, tokens)
         if state in (State.ABORTED, State.FAILED):
             self._lost.add(live.group_id)
@@ -475,7 +417,7 @@ class Engine:
         self.room.take(live.req)
         self.rows.extras.pop(live.req.rid, None)
         sampling.SEEDS.pop(live.req.rid, None)
-        self.doomed.pop(live.req.rid, None)
+        self.dooms.forget(live.req)
 
     def log_tables(self) -> None:
         own = {
