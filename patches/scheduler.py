@@ -26,6 +26,7 @@ from sglang_deepprune.metrics import HOOK_ERRORS, RETRACTIONS, Who
 from sglang_deepprune.noise import sibling_seed
 from sglang_deepprune.patches import finish, sampling, wire
 from sglang_deepprune.patches.dooms import Dooms
+from sglang_deepprune.patches.ends import ends_with, text_ids, tokens_of
 from sglang_deepprune.patches.metrics import Gauges
 from sglang_deepprune.patches.prefix import PrefixHold
 from sglang_deepprune.patches.pressure import Pressure
@@ -173,7 +174,7 @@ class Engine:
     def before_result(self, batch: Any, result: Any) -> None:
         """This step's tokens are known, nothing is finished yet: see natural ends first, so that a
         deciding vote ends its group's siblings in this very step."""
-        tokens = _tokens(batch, result)
+        tokens = tokens_of(batch, result)
         if tokens is None:
             return
         self.replan_lost()
@@ -182,7 +183,7 @@ class Engine:
             live = self.live_of(req)
             if live is None or req.finished() or req.is_retracted:
                 continue
-            is_end, is_cut = _ends_with(req, token)
+            is_end, is_cut = ends_with(req, token)
             if not is_end or isinstance(req.to_finish, FINISH_ABORT):
                 continue
             if req.to_finish is not None:
@@ -203,7 +204,7 @@ class Engine:
 
     def before_prefill_result(self, batch: Any, result: Any) -> None:
         """Probes in a prefill batch: their first token is known."""
-        tokens = _tokens(batch, result)
+        tokens = tokens_of(batch, result)
         if tokens is not None:
             self.probes.guard(self.probes.before_result, batch, tokens)
 
@@ -325,7 +326,7 @@ class Engine:
             reason = live.req.finished_reason
             if finish.state_of(reason) is State.FINISHED:
                 # A no-op for ends that `before_result` saw; stop strings and grammar come here.
-                end = End(live.index, _text_ids(live.req), finish.is_cut(reason))
+                end = End(live.index, text_ids(live.req), finish.is_cut(reason))
                 ends.setdefault(live.group_id, []).append(end)
         self._vote(ends)
         for live in ended:
@@ -469,36 +470,3 @@ class Engine:
             req, _ = self.pending.pop(one, (None, None))
             if req is not None:
                 self.scheduler.output_streamer.stream_output([req], req.return_logprob)
-
-
-def _tokens(batch: Any, result: Any) -> list[int] | None:
-    """[rows] the tokens of this step, before SGLang has looked at them; None: not one a row."""
-    if not batch.spec_algorithm.is_none() or result.next_token_ids is None:
-        return None
-    if result.copy_done is not None:
-        result.copy_done.synchronize()  # the original does the same right after
-    ids = result.next_token_ids
-    return ids.tolist() if hasattr(ids, "tolist") else list(ids)
-
-
-def _ends_with(req: Any, token: int) -> tuple[bool, bool]:
-    """(it ends with this token, by length) as `Req.update_finish_state` will see it."""
-    params = req.sampling_params
-    if not params.ignore_eos:
-        tokenizer = req.tokenizer
-        if (
-            (params.stop_token_ids and token in params.stop_token_ids)
-            or (req.eos_token_ids and token in req.eos_token_ids)
-            or (tokenizer is not None and token == tokenizer.eos_token_id)
-            or (tokenizer is not None and token in (tokenizer.additional_stop_token_ids or ()))
-        ):
-            return True, False
-    return len(req.output_ids) + 1 >= params.max_new_tokens, True
-
-
-def _text_ids(req: Any) -> list[int]:
-    """The output ids that carry text: through the stop, less the end token itself."""
-    ids = list(req.output_ids)
-    if req.finished_len is not None:
-        ids = ids[: req.finished_len]
-    return ids if finish.is_cut(req.finished_reason) else ids[:-1]
