@@ -15,9 +15,10 @@ from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
+from sglang_deepprune.patches.arrivals import Arrival
 from sglang_deepprune.patches.build import agreed, build_engine, start_judge_early
 from sglang_deepprune.patches.fork import ProbeReq
-from sglang_deepprune.patches.scheduler import _COMMANDS, Arrival, Engine
+from sglang_deepprune.patches.scheduler import _COMMANDS, Engine
 from sglang_deepprune.patches.state import describe
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def add_request_to_queue(
             return original(self, req, is_retracted)
         with ours.room.counted():
             return original(self, req, is_retracted)
-    arrival = ours.guard(ours.arrive, req)
+    arrival = ours.guard(ours.arrivals.arrive, req)
     if arrival is Arrival.DONE:
         return None
     if arrival is Arrival.RETURNS:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
@@ -22,9 +20,9 @@ from sglang_deepprune.actions import Action, Command, End, Fork, Retired, Start
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import State
-from sglang_deepprune.metrics import HOOK_ERRORS, RETRACTIONS, Who
-from sglang_deepprune.noise import sibling_seed
-from sglang_deepprune.patches import finish, sampling, wire
+from sglang_deepprune.metrics import HOOK_ERRORS
+from sglang_deepprune.patches import finish, sampling
+from sglang_deepprune.patches.arrivals import Arrivals, Live
 from sglang_deepprune.patches.dooms import Dooms
 from sglang_deepprune.patches.ends import ends_with, text_ids, tokens_of
 from sglang_deepprune.patches.metrics import Gauges
@@ -35,33 +33,11 @@ from sglang_deepprune.patches.rows import Rows
 from sglang_deepprune.patches.server_args import token_of
 from sglang_deepprune.patches.steplog import StepLog
 from sglang_deepprune.patches.waiting import WaitingRoom
-from sglang_deepprune.probing import THINK_MARKS
 from sglang_deepprune.types import Close, Expire, FenceResult, Fill, JudgeResult, Probe
 
 logger = logging.getLogger(__name__)
 
 _COMMANDS = (JudgeResult, FenceResult, Close, Expire, Fill, Probe)
-_THINK_TAIL = 8  # tokens of the prompt's end
-
-
-class Arrival(Enum):
-    """What becomes of a sibling that comes to SGLang's queue."""
-
-    STARTS = "starts"
-    IS_HELD = "is held"  # within its group, once SGLang has checked it as any other request
-    RETURNS = "returns"  # was admitted before: retracted, preempted or paused
-    DONE = "done"  # answered, or sent back to its group
-
-
-@dataclass(slots=True)
-class Live:
-    """One sibling inside the engine."""
-
-    req: Any  # sglang Req
-    group_id: str
-    index: int
-    stem: str  # rid of the n>1 request it belongs to
-    skipped_insert: bool = False  # what `skip_radix_cache_insert` was before we set it
 
 
 class Engine:
@@ -83,6 +59,7 @@ class Engine:
         self.is_deterministic = bool(scheduler.server_args.enable_deterministic_inference)
         self.steps = StepLog(scheduler, config.log_steps)
         self.room = WaitingRoom(scheduler)
+        self.arrivals = Arrivals(self)
         self.rows = Rows(self, config.fill)
         self.prefixes = PrefixHold(scheduler.tree_cache)
         self.pressure = Pressure(self)
@@ -90,7 +67,7 @@ class Engine:
         self.num_retracted = 0  # siblings that SGLang retracted
         self._lost: set[str] = set()  # groups that lost siblings to an abort, not replanned yet
         self._faults: set[str] = set()
-        self._at = ""  # the group that a guarded step is at
+        self.at = ""  # the group that a guarded step is at
 
     @property
     def is_idle(self) -> bool:
@@ -108,66 +85,10 @@ class Engine:
         live = self.live.get(req.rid)
         return live if live is not None and live.req is req else None
 
-    # -- admission ---------------------------------------------------------------------------
-
-    def arrive(self, req: Any) -> Arrival:
-        """A sibling comes to SGLang's queue, for the first time or again."""
-        known = self.live.get(req.rid)
-        if known is not None and known.req is not req:
-            return Arrival.STARTS  # a rid that is taken: no table has room for it
-        if known is not None:
-            if req.is_retracted:
-                self.dooms.forget(req)
-                self.meter.count(RETRACTIONS, value=Who.SGLANG)
-            if isinstance(req.to_finish, finish.FinishStopped):
-                # Doomed, and retracted: it holds no KV and must not start again.
-                self.dooms.end([req], req.to_finish.state)
-                return Arrival.DONE
-            if req.rid in self.rows.extras:
-                self.rows.send_back(req)
-                req.time_stats.set_wait_queue_entry_time()
-                return Arrival.DONE
-            self.num_retracted += bool(req.is_retracted)
-            return Arrival.RETURNS
-        tagged = req.sampling_params.custom_params[wire.TAG]
-        self._at = group_id = self.coordinator.name_of(tagged["gid"], tagged["index"])
-        admission = self.coordinator.admit(
-            group_id, tagged["index"], tagged["size"], wire.settings_of(tagged),
-            req.sampling_params.max_new_tokens or 0,
-            starts_in_reasoning=self._opens_thinking(req.origin_input_ids),
-            is_greedy=req.sampling_params.top_k == 1,  # what SGLang makes of temperature 0
-            prompt_ids=req.origin_input_ids,
-        )  # fmt: skip
-        if admission is None:
-            return Arrival.STARTS
-        self.live[req.rid] = Live(req, group_id, admission.index, tagged["rid"])
-        self.rids[group_id, admission.index] = req.rid
-        run = self.coordinator.runs[group_id]
-        run.order = self.room.stamp(req, run.order or None)
-        seed = req.sampling_params.sampling_seed
-        if seed is not None or self.is_deterministic:
-            own = sibling_seed(42 if seed is None else seed, admission.index)
-            if self.is_deterministic:
-                req.sampling_params.sampling_seed = own
-            else:
-                sampling.SEEDS[req.rid] = own
-        if admission.end is not None:
-            self.dooms.end([req], admission.end)
-            return Arrival.DONE
-        return Arrival.IS_HELD if admission.is_held else Arrival.STARTS
-
     def req_of(self, group_id: str, index: int) -> Any:
         """The Req of a sibling; None when it has ended."""
         rid = self.rids.get((group_id, index))
         return self.live[rid].req if rid is not None else None
-
-    def _opens_thinking(self, prompt_ids: Sequence[int]) -> bool:
-        """Some chat templates end the prompt with an open think block (DeepSeek-R1)."""
-        try:
-            tail = self.coordinator.decode(prompt_ids[-_THINK_TAIL:]).rstrip()
-        except (OverflowError, TypeError, IndexError):
-            return False  # an image's ids are hashes, beyond any vocabulary
-        return tail.endswith(tuple(THINK_MARKS))
 
     # -- the decode step ---------------------------------------------------------------------
 
@@ -199,7 +120,7 @@ class Engine:
     def _vote(self, ends: Mapping[str, Sequence[End]]) -> None:
         """By group: what ends in this step votes before anybody is stopped for it."""
         for group_id, some in ends.items():
-            self._at = group_id
+            self.at = group_id
             self._act(self.coordinator.vote(group_id, some))
 
     def before_prefill_result(self, batch: Any, result: Any) -> None:
@@ -252,7 +173,7 @@ class Engine:
             if isinstance(command, Fill):
                 self.rows.take(command)
                 continue
-            self._at = command.group_id
+            self.at = command.group_id
             self._act(self.coordinator.apply(command))
             last = self.pending.get(command.group_id)
             if last is not None:
@@ -330,10 +251,10 @@ class Engine:
                 ends.setdefault(live.group_id, []).append(end)
         self._vote(ends)
         for live in ended:
-            self._at = live.group_id
+            self.at = live.group_id
             self._retire(live, finish.state_of(live.req.finished_reason))
         for group_id in dict.fromkeys(live.group_id for live in ended):
-            self._at = group_id
+            self.at = group_id
             self.wake(group_id)
             self._let_go(group_id)
 
@@ -370,7 +291,7 @@ class Engine:
         live = self.live.get(output.rid)
         if live is None:
             return
-        self._at = live.group_id
+        self.at = live.group_id
         reason = output.finished_reason or {}
         state = State.FAILED if reason.get("status_code") else State.ABORTED
         self._drop(live)
@@ -409,7 +330,7 @@ class Engine:
         """At a safe point: fewer siblings may still vote, which can decide their groups."""
         lost, self._lost = sorted(self._lost), set()
         for group_id in lost:
-            self._at = group_id
+            self.at = group_id
             self._act(self.coordinator.lost(group_id))
 
     def _drop(self, live: Live) -> None:
@@ -443,7 +364,7 @@ class Engine:
         It is logged once a kind, and the group at hand runs on as plain sampling would: a
         half-applied step must not act again. Where the step was about no single group, all do.
         """
-        self._at = ""
+        self.at = ""
         try:
             return step(*args)
         except Exception as error:
@@ -452,7 +373,7 @@ class Engine:
             if kind not in self._faults:
                 self._faults.add(kind)
                 logger.exception("deepprune: %s; live groups run on as plain sampling", kind)
-            self._abandon(self._at)
+            self._abandon(self.at)
             return None
 
     def _abandon(self, group_id: str) -> None:

@@ -13,7 +13,8 @@ from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import State
 from sglang_deepprune.patches import build, hooks, wire
-from sglang_deepprune.patches.scheduler import Arrival, Engine
+from sglang_deepprune.patches.arrivals import Arrival
+from sglang_deepprune.patches.scheduler import Engine
 from sglang_deepprune.patches.server_args import ATTRIBUTE, Carrier
 from sglang_deepprune.types import Fill
 from tests.unit.test_coordinator import FakeFence
@@ -59,21 +60,21 @@ def step(ours: Engine, reqs: Sequence[Any], tokens: Sequence[int]) -> None:
 
 def test_a_prompt_that_ends_in_an_image_is_a_group_and_harms_no_other():
     ours = engine()
-    ours.guard(ours.arrive, request(ours, "a0", "a"))
+    ours.guard(ours.arrivals.arrive, request(ours, "a0", "a"))
     image = request(ours, "b0", "b")
     image.origin_input_ids = [1, 1 << 61, 2]  # SGLang's pad ids are hashes
-    assert ours.guard(ours.arrive, image) is Arrival.STARTS
+    assert ours.guard(ours.arrivals.arrive, image) is Arrival.STARTS
     assert sorted(ours.coordinator.runs) == ["a", "b"] and not ours.faults
 
 
 def test_a_fault_before_a_group_is_known_is_that_groups_alone(monkeypatch: pytest.MonkeyPatch):
     ours = engine()
-    ours.guard(ours.arrive, request(ours, "a0", "a"))
-    monkeypatch.setattr(ours, "_opens_thinking", lambda ids: 1 / 0)
-    ours.guard(ours.arrive, request(ours, "b0", "b"))
+    ours.guard(ours.arrivals.arrive, request(ours, "a0", "a"))
+    monkeypatch.setattr(ours.arrivals, "_opens_thinking", lambda ids: 1 / 0)
+    ours.guard(ours.arrivals.arrive, request(ours, "b0", "b"))
     assert list(ours.coordinator.runs) == ["a"] and ours.faults
     monkeypatch.undo()
-    assert ours.guard(ours.arrive, request(ours, "b1", "b", 1)) is Arrival.STARTS
+    assert ours.guard(ours.arrivals.arrive, request(ours, "b1", "b", 1)) is Arrival.STARTS
     assert list(ours.coordinator.runs) == ["a"], "plain sampling, all of it"
 
 
@@ -81,9 +82,9 @@ def test_another_request_of_the_same_rid_is_no_sibling():
     """Each tokenizer worker knows its own rids alone, so a rid may come twice."""
     ours = engine()
     sibling, stranger = request(ours, "x", "g"), request(ours, "x")
-    assert ours.arrive(sibling) is Arrival.STARTS
+    assert ours.arrivals.arrive(sibling) is Arrival.STARTS
     again = request(ours, "x", "g", 1)
-    assert ours.arrive(again) is Arrival.STARTS and len(ours.live) == 1
+    assert ours.arrivals.arrive(again) is Arrival.STARTS and len(ours.live) == 1
     step(ours, [stranger], [9])
     assert ours.coordinator.runs["g"].group.tally.num_votes == 0
     ours.after_result(SimpleNamespace(reqs=[stranger]))
@@ -100,7 +101,7 @@ def test_a_group_whose_last_sibling_is_aborted_in_the_queue_keeps_its_record():
     ours = engine(preset="collect")
     siblings = [request(ours, f"s{index}", "g", index, 3) for index in range(3)]
     for one in siblings:
-        ours.arrive(one)
+        ours.arrivals.arrive(one)
     for one, answer in zip(siblings, (100, 101), strict=False):
         one.output_ids = [answer]
         step(ours, [one], [9])
@@ -146,7 +147,7 @@ def test_free_rows_are_asked_for_until_the_fill_comes_back(monkeypatch: pytest.M
     scheduler.grammar_manager.has_waiting_grammars = lambda: False
     monkeypatch.setattr(ours.rows, "_num_free", lambda groups: 1)
     for index in range(8):
-        ours.arrive(request(ours, f"s{index}", "g", index, 8))
+        ours.arrivals.arrive(request(ours, f"s{index}", "g", index, 8))
     ours.rows._steps = 4
     (fill,) = ours.rows.wanted()
     assert ours.rows.wanted() == [fill]
