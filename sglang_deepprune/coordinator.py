@@ -31,14 +31,7 @@ from sglang_deepprune.reading import READ_TOKENS, TraceReader, in_turn
 from sglang_deepprune.record import choice_of, record_of
 from sglang_deepprune.run import Run
 from sglang_deepprune.truncation import warm_up
-from sglang_deepprune.types import (
-    ABSENT,
-    Close,
-    Expire,
-    FenceResult,
-    GroupRecord,
-    Probe,
-)
+from sglang_deepprune.types import ABSENT, Close, Expire, FenceResult, GroupRecord, Probe
 from sglang_deepprune.voting import Ballot
 
 logger = logging.getLogger(__name__)
