@@ -1,93 +1,13 @@
-"""The coordinator without an engine: outputs are lists of ids, the judge answers when told to."""
+"""The coordinator without an engine: who belongs to a group, who votes, and what that decides."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pytest
 
-from sglang_deepprune.actions import Action, Admission, End, Start, Stop
-from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.coordinator import Coordinator
+from sglang_deepprune.actions import Admission, End, Start
 from sglang_deepprune.group import State
-from sglang_deepprune.types import (
-    ABSENT,
-    Assignment,
-    Close,
-    Expire,
-    FenceResult,
-    JudgeResult,
-    JudgeTask,
-)
-
-TEXTS = {1: "so \\boxed{1}", 2: "so \\boxed{2}", 7: "nothing", 8: "\\boxed{(x+1)^2}",
-         9: "\\boxed{x^2+2x+1}"}  # fmt: skip
-
-
-class FakeJudge:
-    def __init__(self) -> None:
-        self.tasks: list[JudgeTask] = []
-        self.results: list[JudgeResult] = []
-
-    def submit(self, task: JudgeTask) -> None:
-        self.tasks.append(task)
-
-    def poll(self) -> list[JudgeResult]:
-        done, self.results = self.results, []
-        return done
-
-    def drop(self, group_id: str) -> None:
-        self.results = [one for one in self.results if one.group_id != group_id]
-
-
-class FakeFence:
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, str]] = []
-        self.answers: list[tuple[int, bool | None]] = []
-
-    def ask(self, a: str, b: str) -> int:
-        self.asked.append((a, b))
-        return len(self.asked) - 1
-
-    def drop(self, tickets: Any) -> None:
-        self.dropped = list(tickets)
-
-    def poll(self) -> list[tuple[int, bool | None]]:
-        done, self.answers = self.answers, []
-        return done
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def decode(ids: Any) -> str:
-    """The last id chooses the text; every other one is a word."""
-    return " ".join(["word"] * (len(ids) - 1) + [TEXTS.get(ids[-1], "word")] if ids else [])
-
-
-def coordinator(**settings: Any) -> Coordinator:
-    config = DeepPruneConfig(**{"window": 4, "cut_tokens": 4, **settings})
-    return Coordinator(config, decode, judge=FakeJudge(), fence=FakeFence(), clock=Clock())  # type: ignore[arg-type]
-
-
-def fill(c: Coordinator, size: int, gid: str = "g", **settings: Any) -> None:
-    for index in range(size):
-        assert c.admit(gid, index, size, settings, 100) == Admission(index)
-
-
-def step(c: Coordinator, live: list[int], length: int, gid: str = "g") -> None:
-    c.observe({gid: {index: [0] * length for index in live}})
-
-
-def end(c: Coordinator, index: int, last: int, gid: str = "g") -> list[Action]:
-    stops = c.vote(gid, [End(index, [0, 0, last], False)])
-    c.retire(gid, index, State.FINISHED, 3)
-    return stops
+from sglang_deepprune.types import ABSENT, Close
+from tests.unit.coordinators import admit_lazy, coordinator, end, fill, step, verdict
 
 
 def test_three_equal_votes_of_eight_decide_and_stop_the_rest():
@@ -138,81 +58,6 @@ def test_a_sibling_votes_and_retires_once():
     assert c.runs["g"].group.num_voted == 1
 
 
-def test_a_window_hands_over_what_was_cut_and_nothing_twice():
-    c = coordinator(preset="paper", cut="tokens")
-    fill(c, 3)
-    for length in range(1, 9):
-        step(c, [0, 1, 2], length)
-    (task,) = c.judge.tasks  # type: ignore[union-attr]
-    assert [trace.sibling for trace in task.traces] == [0, 1, 2]
-    assert {trace.num_tokens for trace in task.traces} == {4}
-
-
-def test_a_judge_may_read_the_prompt():
-    c = coordinator(preset="paper", cut="tokens")
-    for index in range(2):
-        c.admit("g", index, 2, {}, 100, prompt_ids=[0, 0, 1])
-    for length in range(1, 9):
-        step(c, [0, 1], length)
-    (task,) = c.judge.tasks  # type: ignore[union-attr]
-    assert {trace.prompt for trace in task.traces} == {decode([0, 0, 1])}
-
-
-def test_a_prompt_that_cannot_be_read_is_empty():
-    c = coordinator(preset="paper", cut="tokens")
-
-    def unreadable(ids: Any) -> str:
-        raise OverflowError("an image's id")
-
-    c.read = unreadable
-    assert c.admit("g", 0, 2, {}, 100, prompt_ids=[1 << 60]) == Admission(0)
-    assert c.runs["g"].reader.prompt == ""
-
-
-def verdict(c: Coordinator, *places: tuple[int, int], gid: str = "g", epoch: int | None = None):
-    epoch = c.runs[gid].group.epoch if epoch is None else epoch
-    placed = tuple(Assignment(s, k, math.nan if k == ABSENT else 0.9) for s, k in places)
-    return JudgeResult(gid, epoch, placed, 3, 30, 1.5)
-
-
-def test_a_verdict_prunes_and_names_the_cluster_in_the_record():
-    c = coordinator(preset="paper", cut="tokens", k2=1)
-    fill(c, 3)
-    for length in range(1, 7):  # the cut is at 4, and the judge takes its time
-        step(c, [0, 1, 2], length)
-    stops = c.apply(verdict(c, (0, 0), (1, 0), (2, 1)))
-    assert stops == [Stop("g", 1, State.PRUNED), Stop("g", 2, State.PRUNED)]
-    choice = c.retire("g", 1, State.PRUNED, 6).choice  # type: ignore[union-attr]
-    assert (choice.cluster, choice.state, choice.pruned_at) == (0, "pruned", 6)
-    assert choice.similarity == pytest.approx(0.9)
-
-
-def test_a_verdict_of_another_epoch_or_of_a_gone_group_is_dropped():
-    c = coordinator(preset="paper", cut="tokens", k2=1)
-    fill(c, 2)
-    for length in range(1, 5):
-        step(c, [0, 1], length)
-    late = verdict(c, (0, 0), (1, 0))
-    assert c.apply(verdict(c, (0, 0), (1, 0), epoch=99)) == []
-    c.retire("g", 0, State.ABORTED, 4)
-    c.retire("g", 1, State.ABORTED, 4)
-    assert c.is_idle and c.apply(late) == []
-    fill(c, 2)  # the same id again: a new epoch
-    assert c.apply(late) == []
-
-
-def test_a_failed_verdict_prunes_nothing_and_the_next_window_goes_on():
-    c = coordinator(preset="paper", cut="tokens", k2=1)
-    fill(c, 3)
-    for length in range(1, 5):
-        step(c, [0, 1], length)
-    failed = JudgeResult("g", c.runs["g"].group.epoch, error="no verdict")
-    assert c.apply(failed) == []
-    for length in range(5, 9):
-        step(c, [0, 1, 2], length)
-    assert [trace.sibling for trace in c.judge.tasks[-1].traces] == [2]  # type: ignore[union-attr]
-
-
 def test_siblings_that_come_after_the_decision_need_not_start():
     c = coordinator(preset="latency")
     for index in range(4):
@@ -220,44 +65,6 @@ def test_siblings_that_come_after_the_decision_need_not_start():
     for index in range(3):
         end(c, index, 1)
     assert c.admit("g", 5, 8, {}, 100) == Admission(5, end=State.NOT_STARTED)
-
-
-def test_the_last_output_waits_for_the_fence_and_equal_answers_become_one_vote():
-    c = coordinator(preset="collect")
-    fill(c, 2)
-    end(c, 0, 8)
-    c.vote("g", [End(1, [0, 0, 9], False)])
-    retired = c.retire("g", 1, State.FINISHED, 3)
-    assert retired is not None and retired.is_pending and retired.group is None
-    assert c.settle("g") is None
-    c.fence.answers = [(0, True)]  # type: ignore[union-attr]
-    (command,) = c.poll()
-    assert isinstance(command, FenceResult) and command.is_same is True
-    c.apply(command)
-    record = c.settle("g")
-    assert record is not None and [votes for _, votes in record.votes] == [2]
-    assert c.is_idle
-
-
-@pytest.mark.parametrize("size", [2, 0])
-def test_a_client_side_groups_last_output_waits_for_the_fence_too(size: int):
-    c = coordinator(preset="collect", group_timeout_s=10.0)
-    for _ in range(2):
-        c.admit("g", ABSENT, size, {}, 100)
-    if not size:
-        c.clock.now = 11.0  # type: ignore[attr-defined]
-        for command in c.poll():
-            c.apply(command)
-    end(c, 0, 8)
-    c.vote("g", [End(1, [0, 0, 9], False)])
-    retired = c.retire("g", 1, State.FINISHED, 3)
-    assert retired is not None and retired.is_pending and retired.group is None
-    c.fence.answers = [(0, True)]  # type: ignore[union-attr]
-    for command in c.poll():
-        c.apply(command)
-    record = c.settle("g")
-    assert record is not None and record.settled and record.votes == (("(x+1)^2", 2),)
-    assert c.is_idle
 
 
 def test_three_finishers_without_an_answer_release_the_group():
@@ -340,23 +147,6 @@ def test_a_stopped_sibling_that_nobody_sends_was_never_started():
     assert retired.group.saved_tokens_at_most == 90 + 100
 
 
-def test_a_sibling_that_comes_while_only_the_fence_is_waited_for_is_a_plain_request():
-    c = coordinator(preset="collect", group_timeout_s=10.0)
-    for index in range(2):
-        c.admit("g", index, 3, {}, 100)
-    c.clock.now = 11.0  # type: ignore[attr-defined]
-    for command in c.poll():
-        c.apply(command)
-    end(c, 0, 8)
-    c.vote("g", [End(1, [0, 0, 9], False)])
-    assert c.retire("g", 1, State.FINISHED, 3).is_pending  # type: ignore[union-attr]
-    assert c.admit("g", 2, 3, {}, 100) is None
-    c.fence.answers = [(0, True)]  # type: ignore[union-attr]
-    for command in c.poll():
-        c.apply(command)
-    assert c.settle("g") is not None and c.is_idle
-
-
 def test_an_abandoned_group_is_not_opened_again_by_late_siblings():
     c = coordinator()
     c.admit("g", 0, 3, {}, 100)
@@ -386,181 +176,6 @@ def test_aborts_leave_fewer_voters_and_can_decide():
             break
     assert [stop.index for stop in stops] == list(range(aborted + 1, 16))
     assert c.runs["g"].group.is_decided
-
-
-def test_a_group_of_many_formulas_asks_few_questions_and_waits_only_so_long():
-    c = coordinator(preset="collect")
-    fill(c, 40)
-    for index in range(40):
-        TEXTS[100 + index] = f"\\boxed{{(x+{index + 2})^2 + y^{index + 3}}}"
-        c.vote("g", [End(index, [0, 0, 100 + index], False)])
-        retired = c.retire("g", index, State.FINISHED, 3)
-    assert len(c.fence.asked) <= 16  # type: ignore[union-attr]
-    assert retired is not None and retired.is_pending
-    c.clock.now = 3.0  # type: ignore[attr-defined]
-    commands = c.poll()
-    assert any(isinstance(command, Expire) for command in commands)
-    for command in commands:
-        c.apply(command)
-    assert c.settle("g") is not None and c.is_idle
-
-
-def test_a_command_that_comes_twice_counts_once():
-    c = coordinator(preset="paper", cut="tokens", k2=2)
-    fill(c, 3)
-    for length in range(1, 5):
-        step(c, [0, 1, 2], length)
-    once = verdict(c, (0, 0), (1, 0), (2, 0))
-    c.apply(once)
-    c.apply(once)
-    assert c.runs["g"].group.clusters == [[0, 1, 2]] and c.runs["g"].group.judge_calls == 3
-
-
-def test_a_command_that_comes_again_while_the_next_window_is_out_counts_once():
-    c = coordinator(preset="paper", cut="tokens", k2=4)
-    fill(c, 4)
-    for length in range(1, 5):
-        step(c, [0, 1], length)
-    first = verdict(c, (0, 0), (1, 0))
-    c.apply(first)
-    for length in range(5, 9):
-        step(c, [0, 1, 2, 3], length)
-    c.apply(first)
-    assert c.runs["g"].group.clusters == [[0, 1]] and c.runs["g"].in_flight == {2, 3}
-    c.apply(verdict(c, (2, 0), (3, 1)))
-    assert c.runs["g"].group.clusters == [[0, 1, 2], [3]]
-
-
-def test_a_fence_that_cannot_be_asked_answers_by_the_broadcast():
-    c = coordinator(preset="collect")
-
-    def broken(a: str, b: str) -> int:
-        raise OSError("no more processes")
-
-    c.fence.ask = broken  # type: ignore[union-attr,method-assign]
-    fill(c, 2)
-    end(c, 0, 8)
-    c.vote("g", [End(1, [0, 0, 9], False)])
-    assert c.retire("g", 1, State.FINISHED, 3).is_pending  # type: ignore[union-attr]
-    (command,) = c.poll()
-    assert isinstance(command, FenceResult) and command.is_same is None
-    c.apply(command)
-    assert c.settle("g") is not None
-
-
-def test_one_step_cuts_a_few_traces_and_the_next_ones_go_on():
-    c = coordinator(preset="paper", cut="tokens")
-    fill(c, 20)
-    for length in range(1, 8):
-        step(c, list(range(20)), length)
-    assert len(c.runs["g"].reader.traces) == 20
-    assert len(c.judge.tasks[0].traces) == 8  # type: ignore[union-attr]
-
-
-def test_the_fence_is_polled_when_the_group_that_asked_is_gone():
-    c = coordinator(preset="collect")
-    fill(c, 3)
-    end(c, 0, 8)
-    end(c, 1, 9)
-    c.abandon("g")
-    assert c.fence.dropped == [0] and c.is_idle  # type: ignore[union-attr]
-    c.fence.answers = [(0, None)]  # type: ignore[union-attr]
-    c.questions.tidy()
-    assert not c.fence.answers  # type: ignore[union-attr]
-    fill(c, 2, "h")
-    c.fence.answers = [(0, None)]  # type: ignore[union-attr]
-    assert c.poll() == [] and not c.fence.answers  # type: ignore[union-attr]
-
-
-def test_a_question_that_a_merge_has_answered_is_taken_back():
-    c = coordinator(preset="collect")
-    TEXTS[50] = "\\boxed{1+2x+x^2}"
-    fill(c, 4)
-    for index, last in enumerate((8, 9, 50)):
-        end(c, index, last)
-    assert len(c.fence.asked) == 3  # type: ignore[union-attr]
-    c.fence.answers = [(0, True), (1, True)]  # type: ignore[union-attr]
-    for command in c.poll():
-        c.apply(command)
-    assert c.fence.dropped == [2] and c.sizes["questions"] == 0  # type: ignore[union-attr]
-    assert c.runs["g"].group.tally.is_settled
-
-
-def admit_lazy(c: Coordinator, size: int, gid: str = "g", **settings: Any) -> list[bool]:
-    """Which of the siblings are held."""
-    admissions = [c.admit(gid, index, size, settings, 100) for index in range(size)]
-    return [admission is not None and admission.is_held for admission in admissions]
-
-
-def test_a_lazy_group_starts_its_base_and_each_undecided_vote_claims_one_more():
-    c = coordinator(widen=0.0)
-    assert admit_lazy(c, 16) == [False] * 4 + [True] * 12
-    assert end(c, 0, 1) == [Start("g", 4)]
-    assert end(c, 2, 2) == [Start("g", 5)]
-    assert c.runs["g"].group.num_started == 4
-
-
-def test_a_decided_lazy_group_ends_its_held_siblings_as_never_started():
-    c = coordinator(widen=0.0)
-    admit_lazy(c, 16)
-    end(c, 0, 1), end(c, 1, 1)
-    stops = end(c, 2, 1)
-    assert {(stop.index, type(stop)) for stop in stops} == {(i, Stop) for i in range(3, 16)}
-    for index in range(3, 16):
-        retired = c.retire("g", index, State.NOT_STARTED, 0)
-    assert retired is not None and retired.group is not None
-    assert retired.group.votes == (("1", 3),)
-    assert {choice.state for choice in retired.group.choices[6:]} == {"not_started"}
-
-
-def test_a_group_of_which_nothing_lives_wakes():
-    c = coordinator(widen=0.0)
-    admit_lazy(c, 8)
-    for index in range(4):
-        c.retire("g", index, State.ABORTED, 0)
-    assert c.lost("g") == [Start("g", index) for index in range(4, 8)]
-
-
-def test_an_open_ended_lazy_group_is_released_to_its_end():
-    c = coordinator(widen=0.0)
-    admit_lazy(c, 8)
-    started = [*end(c, 0, 7), *end(c, 1, 7)]
-    assert started == [Start("g", 4), Start("g", 5)]
-    assert end(c, 2, 7) == [Start("g", 6), Start("g", 7)]
-
-
-def test_an_extra_that_yields_waits_for_a_claim_in_front_of_the_others():
-    c = coordinator(widen=0.0)
-    admit_lazy(c, 8)
-    assert c.start_extra("g", c.runs["g"].group.epoch) == Start("g", 4)
-    assert c.start_extra("g", c.runs["g"].group.epoch + 1) is None
-    assert c.start_extra("g", c.runs["g"].group.epoch) == Start("g", 5)
-    c.send_back("g", 5, 17)
-    assert end(c, 0, 1) == []  # an extra takes the claim's place
-    assert end(c, 1, 2) == [Start("g", 5)]
-
-
-def test_a_verdict_that_stops_all_that_runs_starts_others():
-    c = coordinator(preset="paper", admission="lazy", base=2, k2=1, widen=0.0, cut="tokens")
-    assert admit_lazy(c, 8) == [False] * 2 + [True] * 6
-    end(c, 0, 1)  # 2 starts
-    c.runs["g"].in_flight = frozenset({0})
-    c.apply(verdict(c, (0, 0)))
-    end(c, 1, 2)  # 3 starts
-    c.runs["g"].in_flight = frozenset({1, 2, 3})
-    actions = c.apply(verdict(c, (1, 1), (2, 0), (3, 0)))
-    assert [a.index for a in actions if isinstance(a, Stop)] == [2, 3]
-    assert [a.index for a in actions if isinstance(a, Start)] == [4, 5]
-
-
-def test_a_group_with_nothing_started_is_asleep():
-    c = coordinator(widen=0.0)
-    admit_lazy(c, 8)
-    assert not c.is_asleep("g") and not c.is_asleep("unknown")
-    for index in range(4):
-        c.send_back("g", index, 5)
-    assert c.is_asleep("g")
-    assert len(c.lost("g")) == 4 and not c.is_asleep("g")
 
 
 def test_no_group_crosses_a_change_of_the_weights():
@@ -604,18 +219,6 @@ def test_the_name_of_a_client_side_group_starts_anew_with_the_weights():
     assert retired is not None and retired.group is not None  # the others are not waited for
     assert retired.group.settled and retired.group.votes == (("1", 2),)
     assert list(c.runs) == [after] and c.runs[after].group.num_voted == 0
-
-
-def test_an_answer_that_the_fence_has_not_compared_counts_apart_once_the_weights_change():
-    c = coordinator(preset="collect")
-    fill(c, 3)
-    end(c, 0, 8)
-    end(c, 1, 9)
-    c.renew()
-    c.vote("g", [End(2, [0, 0, 9], False)])
-    retired = c.retire("g", 2, State.FINISHED, 3)
-    assert retired is not None and retired.group is not None
-    assert [votes for _, votes in retired.group.votes] == [2, 1]
 
 
 @pytest.mark.parametrize(

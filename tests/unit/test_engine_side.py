@@ -17,7 +17,7 @@ from sglang_deepprune.patches.arrivals import Arrival
 from sglang_deepprune.patches.scheduler import Engine
 from sglang_deepprune.patches.server_args import ATTRIBUTE, Carrier
 from sglang_deepprune.types import Fill
-from tests.unit.test_coordinator import FakeFence
+from tests.unit.coordinators import FakeFence
 
 VOCABULARY = 1 << 20
 OFF_PUT = "x^2 - y^2", "(x - y)(x + y)"  # equal for the fence alone

@@ -37,7 +37,7 @@ from sglang_deepprune.config import PRESETS, DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import Group, State
 from sglang_deepprune.types import ABSENT, GroupRecord, JudgeResult, JudgeTask
-from tests.unit.test_coordinator import Clock, FakeFence, FakeJudge, decode
+from tests.unit.coordinators import Clock, FakeFence, FakeJudge, decode
 from tests.unit.test_metrics import Tally
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ for key in ("type", "properties", "required", "additionalProperties"):
 LIMIT = 40  # max_new_tokens of every sibling
 TIMEOUT_S = 60.0
 HELD, QUEUED, RUNNING = "held", "queued", "running"
-ANSWERS = (1, 1, 1, 2, 7, 8, 9)  # ids that test_coordinator.TEXTS knows; 7 abstains, 8 is 9
+ANSWERS = (1, 1, 1, 2, 7, 8, 9)  # ids that coordinators.TEXTS knows; 7 abstains, 8 is 9
 
 
 @dataclass

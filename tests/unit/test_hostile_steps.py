@@ -17,7 +17,7 @@ from sglang_deepprune.reading import MOST_CUTS, READ_TOKENS
 from sglang_deepprune.record import MOST_RUNNING_VOTES
 from sglang_deepprune.types import ABSENT, Close
 from tests.hostile import BUSY, STEP_LIMIT_MS, cpu_ms
-from tests.unit.test_coordinator import FakeFence, FakeJudge
+from tests.unit.coordinators import FakeFence, FakeJudge
 
 # What the least piece of work may cost beyond the share of a step: one whole cut, with its ends.
 LEAST = 2 * MOST_CUT_TOKENS + 200

@@ -23,16 +23,7 @@ from sglang_deepprune.group import State
 from sglang_deepprune.metrics import Failure, Meter, Metric, Reason
 from sglang_deepprune.patches.metrics import Gauges, PrometheusMeter, meter_of, private_slots
 from sglang_deepprune.types import JudgeResult
-from tests.unit.test_coordinator import (
-    Clock,
-    FakeFence,
-    FakeJudge,
-    decode,
-    end,
-    fill,
-    step,
-    verdict,
-)
+from tests.unit.coordinators import Clock, FakeFence, FakeJudge, decode, end, fill, step, verdict
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 LABELS = {"model_name": "m", "tp_rank": 0, "dp_rank": 1}
