@@ -3,8 +3,8 @@
 Every hook has an O(1) gate (no live group: the original, at once) and is guarded: an exception of
 ours is logged once, its groups run on as plain sampling would, and the original is called. A
 sibling ends through one of two doors, `stream_output` or an AbortReq to the tokenizer, and is
-retired there exactly once. KV is never freed here: a stopped sibling ends by `to_finish`, so
-SGLang's own finish path releases it within the same `process_batch_result_decode`.
+retired there exactly once. KV is never freed here: a stopped sibling ends by `to_finish`
+(`dooms.py`), so SGLang's own finish path releases it within the same `process_batch_result_decode`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ it is told what happened and answers with `Stop`s and `Start`s. Nothing here blo
 apart, as in SGLang's beam search: what all ranks see (tokens, aborts) is acted on by all ranks
 alike; what rests on a clock, a judge or the answer fence is gathered by the leader in `poll`,
 broadcast by the engine and acted on in `apply`, so that every rank decides the same at the same
-step.
+step. What passes to the judge and back is its `handover`'s, what passes to the fence `questions`'.
 """
 
 from __future__ import annotations
