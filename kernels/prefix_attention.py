@@ -128,7 +128,7 @@ def prefix_attention_reference(
                 values[:, :, : mask.shape[1]],
                 attn_mask=mask,
                 scale=scale,
-                enable_gqa=True,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
             out[queries] = part[0].transpose(0, 1)
     return out

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import bench_kernels, kernel_cases
 from sglang_deepprune.kernels.prefix_tree import pack
@@ -84,6 +87,84 @@ def test_a_wrong_or_failing_kernel_at_a_real_shape_fails_the_run_after_it_is_wri
     assert not bench_kernels.is_good(rows_of(ours=lambda: right + 1e-3))
     assert not bench_kernels.is_good(rows_of(ours=lambda: right * float("nan")))
     assert not bench_kernels.is_good(rows_of(exact=refuse))
+
+
+@pytest.mark.parametrize("spoilt", [0.0, 2e-3, float("nan")])
+def test_large_results_are_compared_some_rows_at_a_time(monkeypatch, spoilt: float):
+    monkeypatch.setattr(bench_kernels, "COMPARED_ROWS", 4)
+    exact = torch.randn(11, 3, 5)
+    found = exact.clone()
+    found[9, 1, 2] += spoilt
+    difference, agrees = bench_kernels.compare(found, exact, 1e-4)
+    assert difference == pytest.approx(spoilt, abs=1e-5, nan_ok=True)
+    assert agrees == (spoilt == 0)
+
+
+def test_a_comparison_that_finds_no_memory_is_a_note_and_the_next_one_has_its_number(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "median_ms", lambda run: 2.0)
+    usual = bench_kernels.compare
+
+    def refuse(found: torch.Tensor, *_: Any) -> None:
+        monkeypatch.setattr(bench_kernels, "compare", usual)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench_kernels, "compare", refuse)
+    case = kernel_cases.label_case(2, torch.float32, "cpu")
+    case.runs = {"a rival": case.exact, "ours": case.exact}
+    rival, ours = bench_kernels.measure([case])
+    assert rival["note"] == "OutOfMemoryError: CUDA out of memory" and ours["agrees"]
+
+
+def test_nothing_but_the_exact_result_is_held_from_run_to_run_and_nothing_from_case_to_case(
+    monkeypatch,
+):
+    monkeypatch.setattr(bench_kernels, "median_ms", lambda run: float(run().sum()) or 1.0)
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def result() -> torch.Tensor:
+        assert [one() for one in made[1:]] == [None] * len(made[1:])
+        tensor = torch.ones(3)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def cases() -> Iterator[kernel_cases.Case]:
+        for _ in range(2):
+            assert all(one() is None for one in made)
+            made.clear()
+            yield kernel_cases.Case(
+                "label_head", {"dtype": "float32"}, 1.0, 1.0, {"a": result, "b": result}, result
+            )
+
+    rows = bench_kernels.measure(cases())
+    assert [row["agrees"] for row in rows] == [True] * 4
+
+
+def test_small_cases_are_timed_before_large_ones(monkeypatch):
+    def size_of(tree: Any, *_: Any, **__: Any) -> int:
+        return tree.total_tokens
+
+    monkeypatch.setattr(kernel_cases, "attention_case", size_of)
+    monkeypatch.setattr(kernel_cases, "label_case", lambda *_: 0)
+    monkeypatch.setattr(kernel_cases, "pair_case", lambda *_: 0)
+    sizes: list[Any] = list(kernel_cases.timed_cases("cpu"))
+    assert sizes == sorted(sizes) and sizes.count(0) == 6 and len(sizes) == 15
+    assert list(kernel_cases.timed_cases("cpu", sweep=True)) == sizes[6:]
+
+
+def test_no_rival_is_left_to_a_backend_that_writes_all_scores(monkeypatch):
+    """On CUDA the fast ones refuse a mask together with `enable_gqa`."""
+    usual, seen = F.scaled_dot_product_attention, []
+
+    def attend(*args: Any, attn_mask: Any = None, enable_gqa: bool = False, **more: Any) -> Any:
+        seen.append((attn_mask is not None, enable_gqa))
+        return usual(*args, attn_mask=attn_mask, enable_gqa=enable_gqa, **more)
+
+    tree = pack([30], [20, 1, 7], [0, 0, 0])
+    case = kernel_cases.attention_case(tree, torch.float32, 64, "cpu", heads=(4, 2))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    for name in ("torch, shared", "torch, unshared"):
+        case.runs[name]()
+    assert {(True, False), (False, True)} == set(seen)
 
 
 def test_the_rivals_compute_the_same(monkeypatch):
