@@ -74,7 +74,8 @@ class Naive:
         lengths = torch.tensor(list(map(len, rows)))
         ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
-        logits = self.judge.model(input_ids=ids, attention_mask=mask).logits
+        device = self.judge.model.device
+        logits = self.judge.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         last = logits[torch.arange(len(rows)), lengths - 1]
         odds = last[:, list(self.judge.prompts.label_ids)].float()
         self.tokens += ids.numel()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import comparisons, judge
 from tests import lm_judge
@@ -44,6 +47,19 @@ def test_the_ways_agree_and_sharing_reads_less(traces: Path, tmp_path: Path, mon
     assert found["packed", "full"]["tokens"] < found["sorted", "full"]["tokens"]
     assert found["packed", "full"]["bound"] > 1 and found["sorted", "full"]["bound"] == 1
     assert found["packed", "sequential"]["pairs"] <= found["packed", "full"]["pairs"]
+
+
+def test_the_naive_way_reads_where_the_model_is():
+    class Model:
+        device = torch.device("meta")
+
+        def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            assert input_ids.device == attention_mask.device == self.device
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 9))
+
+    asked: Any = SimpleNamespace(model=Model(), prompts=SimpleNamespace(label_ids=(1, 2)))
+    way = judge.Naive(asked)
+    assert way._batch([torch.tensor([3, 4, 5]), torch.tensor([6])]) == [0.5, 0.5]
 
 
 def test_comparisons_are_counted_against_the_full_loop(traces: Path, tmp_path: Path, monkeypatch):
