@@ -45,9 +45,8 @@ def visible_gpu(device: str) -> str:
             break
         seen.append(one)
     if index >= len(seen):
-        raise ConfigError(
-            "judge_device", f"no {device!r} here: {VISIBLE} shows the server {len(seen)} GPUs"
-        )
+        count = f"{len(seen)} GPU{'' if len(seen) == 1 else 's'}"
+        raise ConfigError("judge_device", f"no {device!r} here: {VISIBLE} shows the server {count}")
     return seen[index]
 
 

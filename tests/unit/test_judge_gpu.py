@@ -35,10 +35,12 @@ def test_a_judge_gets_the_gpu_that_the_server_calls_so(monkeypatch, shown, devic
     assert child_env("llm:x", "cpu")[VISIBLE] == ""
 
 
-@pytest.mark.parametrize(("shown", "count"), [("", 0), ("-1", 0), ("5", 1), ("5,-1,6", 1)])
+@pytest.mark.parametrize(
+    ("shown", "count"), [("", "0 GPUs"), ("-1", "0 GPUs"), ("5", "1 GPU"), ("5,-1,6", "1 GPU")]
+)
 def test_a_gpu_that_the_server_does_not_see_is_refused_early(monkeypatch, shown, count):
     monkeypatch.setenv(VISIBLE, shown)
-    with pytest.raises(ConfigError, match=f"no 'cuda:1' here.*shows the server {count} GPUs"):
+    with pytest.raises(ConfigError, match=f"no 'cuda:1' here.*shows the server {count}$"):
         server_args._with_memory(ON_GPU, SimpleNamespace())
 
 
