@@ -75,6 +75,20 @@ def token_bytes_of(config: dict[str, Any], item_bytes: int) -> int:
     return item_bytes * (2 * keys_and_values + activations) + residual
 
 
+def weight_files(path: str | Path) -> list[Path]:
+    """What transformers loads of a model's folder, or a GGUF file itself: beside these may lie an
+    adapter, or the same weights in another form. Empty where it has no such files. Raises
+    where an index cannot be read."""
+    place = Path(path)
+    if place.is_file():
+        return [place]
+    whole, index = place / "model.safetensors", place / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [place / name for name in sorted(set(names))]
+
+
 def num_weights(path: str | Path) -> int | None:
     """Numbers in a model's files, from their headers; None where they do not say."""
     place = Path(path)
@@ -83,9 +97,8 @@ def num_weights(path: str | Path) -> int | None:
             from gguf import GGUFReader  # its files hold the sizes in their own form
 
             return sum(int(tensor.n_elements) for tensor in GGUFReader(place).tensors)
-        files = sorted(place.glob("*.safetensors"))
-        return sum(map(_in_safetensors, files)) or None
-    except (ImportError, OSError, ValueError, KeyError, struct.error):
+        return sum(map(_in_safetensors, weight_files(place))) or None
+    except (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,14 @@ import pytest
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
 from sglang_deepprune.judges import attention, memory
 from sglang_deepprune.judges.llm import LLMJudge
-from sglang_deepprune.judges.memory import Room, check_memory, needed, num_weights, token_bytes_of
+from sglang_deepprune.judges.memory import (
+    Room,
+    check_memory,
+    needed,
+    num_weights,
+    token_bytes_of,
+    weight_files,
+)
 from sglang_deepprune.judging import JudgeWorker
 from sglang_deepprune.types import JudgeTask, Pair, Trace
 from tests import lm_judge
@@ -55,6 +63,21 @@ def test_too_little_is_refused_with_what_it_takes():
 def test_weights_are_counted_from_the_files_headers(base: Path):
     assert num_weights(base) == sum(one.numel() for one in LLMJudge(str(base)).model.parameters())
     assert num_weights(base / "none") is None
+
+
+@pytest.mark.parametrize("shard", ["10KB", "1GB"])
+def test_files_that_transformers_does_not_load_are_not_counted(tmp_path: Path, shard: str):
+    """Mistral's folders hold their weights twice; a training may leave its adapter behind."""
+    model = LLMJudge(str(lm_judge.make_base(tmp_path / "base"))).model
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    own = sorted(path.name for path in tmp_path.glob("model*.safetensors"))
+    assert (len(own) > 1) == (shard == "10KB")
+    for other in ("consolidated.safetensors", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / own[0], tmp_path / other)
+    assert num_weights(tmp_path) == sum(one.numel() for one in model.parameters())
+    assert [path.name for path in weight_files(tmp_path)] == own
+    (tmp_path / own[0]).unlink()
+    assert num_weights(tmp_path) is None
 
 
 def test_a_server_refuses_before_it_starts(base: Path):
