@@ -36,13 +36,13 @@ def rows(tmp_path_factory: Any) -> list[dict[str, Any]]:
 
 def test_every_kernel_compiles_for_every_target(rows):
     targets = {"sm_80", "sm_90", "sm_100"}
-    kinds = {(row["kernel"], row["dtype"], row["head_dim"]) for row in rows}
-    assert {kernel for kernel, _, _ in kinds} == NAMES
-    assert {(d, h) for k, d, h in kinds if k == "prefix_attention"} == {
-        ("bf16", 64), ("bf16", 128), ("fp32", 64), ("fp32", 128),
+    kinds = {(row["kernel"], row["dtype"], row["head_dim"], row["group"]) for row in rows}
+    assert {kernel for kernel, *_ in kinds} == NAMES
+    assert {kind[1:] for kind in kinds if kind[0] == "prefix_attention"} == {
+        ("bf16", 64, 4), ("bf16", 128, 4), ("bf16", 128, 7), ("fp32", 64, 4), ("fp32", 128, 4),
     }  # fmt: skip
     for kind in kinds:
-        own = [r for r in rows if (r["kernel"], r["dtype"], r["head_dim"]) == kind]
+        own = [r for r in rows if (r["kernel"], r["dtype"], r["head_dim"], r["group"]) == kind]
         assert sorted(row["target"] for row in own) == sorted(targets), kind
 
 
