@@ -30,7 +30,9 @@ from sglang_deepprune.judges.gpu import VISIBLE, visible_gpu
 from sglang_deepprune.metrics import JUDGE_FAILURES, JUDGE_RESTARTS, Failure, Meter
 from sglang_deepprune.types import JudgeResult, JudgeTask
 
-LOAD_LIMIT_S = 120.0
+LOAD_LIMIT_S = 120.0  # and what reading the weights may take
+DISK_BYTES_PER_S = 50e6  # of a slow one
+JIT_LIMIT_S = 600.0  # of FlashInfer's kernels, which no cache has yet
 DOWNLOAD_LIMIT_S = 3600.0  # of a model that the hub has to send first
 _MAX_WAITING = 1024  # tasks; beyond it the server asks more than any judge can answer
 _MAX_BATCH_CHARS = 1_000_000  # bounds what one poll pickles on the scheduler's thread
@@ -74,6 +76,15 @@ def child_env(
     return env
 
 
+def default_load_limit_s(spec: str, attention: str = "") -> float:
+    """Seconds that a judge has to load. One on a GPU is off for good after them."""
+    compile_s = JIT_LIMIT_S if attention == chosen_attention.FLASHINFER else 0.0
+    if is_remote_model(spec):
+        return DOWNLOAD_LIMIT_S + compile_s
+    _, _, path = spec.partition(":")
+    return LOAD_LIMIT_S + memory.file_bytes(path) / DISK_BYTES_PER_S + compile_s
+
+
 class JudgeWorker:
     """Parent side: `submit` tasks, `poll` for results. One result a task, or none after `drop`."""
 
@@ -95,7 +106,7 @@ class JudgeWorker:
         self.deadline_s = deadline_s
         self.max_restarts = max_restarts
         self.backoff_s = backoff_s
-        default_s = DOWNLOAD_LIMIT_S if is_remote_model(spec) else LOAD_LIMIT_S
+        default_s = default_load_limit_s(spec, attention)
         self.load_limit_s = default_s if load_limit_s is None else load_limit_s
         self.meter = Meter()
         env = child_env(spec, device, memory_mib, attention, gpu)

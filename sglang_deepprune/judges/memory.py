@@ -89,6 +89,14 @@ def weight_files(path: str | Path) -> list[Path]:
     return [place / name for name in sorted(set(names))]
 
 
+def file_bytes(path: str) -> int:
+    """Of a model's files; 0 where they are not known, as of what is no path at all."""
+    try:
+        return sum(file.stat().st_size for file in weight_files(path)) if path else 0
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return 0
+
+
 def num_weights(path: str | Path) -> int | None:
     """Numbers in a model's files, from their headers; None where they do not say."""
     place = Path(path)

@@ -191,7 +191,8 @@ def test_what_runs_it_says_is_true():
     worker = JudgeWorker("none", 1)
     assert f"off for good after {worker.max_restarts} restarts" in text
     assert f"after {judging._FIRST_BACKOFF_S:g} s, 1 s, 2 s" in text
-    assert f"it has {judging.LOAD_LIMIT_S:g} s" in text
+    assert f"it has {judging.LOAD_LIMIT_S:g} s and a second for each 50 MB" in text
+    assert (judging.DISK_BYTES_PER_S, judging.JIT_LIMIT_S) == (50e6, 600)
     assert f"| {judging._MAX_WAITING} windows wait" in text
     assert f"waits {coordinator.HOLD_LIMIT_S:g} s for" in text
     default = DeepPruneConfig()

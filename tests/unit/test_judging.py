@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sglang_deepprune.batcher import is_device_lost
-from sglang_deepprune.judging import JudgeWorker, child_env
+from sglang_deepprune.judging import JudgeWorker, child_env, default_load_limit_s
 from sglang_deepprune.metrics import JUDGE_FAILURES, JUDGE_RESTARTS
 from sglang_deepprune.types import ABSENT, JudgeResult, JudgeTask, Trace
 from tests.unit.test_metrics import Tally
@@ -238,6 +238,17 @@ def test_a_judge_that_cannot_load_gives_errors_and_is_switched_off(
     assert len(caplog.records) == 2
     kind = "load_time" if name == "never_loaded" else "load"
     assert tally.of(JUDGE_FAILURES) == {kind: 2, "off": 1}
+
+
+def test_large_weights_have_longer_to_load_and_so_has_what_is_compiled(tmp_path):
+    usual = default_load_limit_s(f"llm:{tmp_path}")
+    assert usual == default_load_limit_s("probe:" + "x" * 5000) == default_load_limit_s("none")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(8 * 10**9)  # holds nothing
+    (tmp_path / "consolidated.safetensors").touch()
+    assert default_load_limit_s(f"llm:{tmp_path}") == usual + 160
+    assert default_load_limit_s(f"llm:{tmp_path}", "flashinfer") == usual + 760
+    assert JudgeWorker(f"llm:{tmp_path}", 1.0).load_limit_s == usual + 160
 
 
 @pytest.mark.parametrize("name", ["babbling", "quoting"])
