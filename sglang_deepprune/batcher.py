@@ -140,31 +140,40 @@ class Batcher:
         """[num_pairs] the judge's scores, in calls that should end in time. Raises `_OutOfTime`,
         `DeviceLost`."""
         scores: list[float] = []
+        if not self._pair_s and not self.is_mixing and len(pairs) > 1:
+            # Its speed is told by one pair. The score is thrown away: it may depend on the company
+            # in a call, which would be another one in each process's first call.
+            self._call(pairs[:1])
         while len(scores) < len(pairs):
-            start = time.monotonic()
-            size = self._call_size(len(pairs) - len(scores), self._stop_s - start)
-            some = pairs[len(scores) : len(scores) + size]
-            self._num_calls += 1
-            try:
-                found = self.judge.score(some)
-            except Exception as error:
-                if is_device_lost(error):
-                    raise DeviceLost(type(error).__name__) from error
-                raise
-            scores += checked(found, len(some))
-            self._learn(len(some), time.monotonic() - start)
+            left_s = self._stop_s - time.monotonic()
+            size = self._call_size(len(pairs) - len(scores), left_s)
+            scores += self._call(pairs[len(scores) : len(scores) + size])
+        return scores
+
+    def _call(self, pairs: Sequence[Pair]) -> list[float]:
+        """[num_pairs] the judge's scores of one call, whose speed is learnt."""
+        start = time.monotonic()
+        self._num_calls += 1
+        try:
+            found = self.judge.score(pairs)
+        except Exception as error:
+            if is_device_lost(error):
+                raise DeviceLost(type(error).__name__) from error
+            raise
+        scores = checked(found, len(pairs))
+        self._learn(len(pairs), time.monotonic() - start)
         return scores
 
     def _call_size(self, num_asked: int, left_s: float) -> int:
-        """Pairs of the next call, by how fast the judge was so far. Raises `_OutOfTime` where not
-        even one would end in time: but the first of a batch is always asked, as what is known of
-        the judge may be wrong."""
+        """Pairs of the next call, by how fast the judge was so far, and one of a judge that nobody
+        knows: only one too slow for `CALL_PAIRS` is asked in other calls each time. Raises
+        `_OutOfTime` where not even one would end in time: but the first of a batch is always asked,
+        as what is known of the judge may be wrong."""
         # A call has its price, however few pairs it holds.
         if self._num_calls and max(self._pair_s, self._quickest_s) > left_s:
             raise _OutOfTime("more comparisons than its time allows")
         if not self._pair_s:
-            # Scores that depend on the company in a call must not depend on the clock.
-            return min(num_asked, 1 if self.is_mixing else CALL_PAIRS)
+            return min(num_asked, 1)
         return int(min(num_asked, CALL_PAIRS, max(1.0, _CALL_SHARE * left_s / self._pair_s)))
 
     def _learn(self, num_pairs: int, spent_s: float) -> None:

@@ -186,8 +186,25 @@ def test_one_slow_call_does_not_end_a_judge():
 def test_scores_that_depend_on_their_company_are_asked_in_the_same_calls_each_time():
     judge = Judge()
     judge.mixes_groups = False
-    Batcher(judge)._scored(pairs_of(150))
+    batcher = Batcher(judge)
+    found = batcher._scored(pairs_of(150))
+    assert [len(call) for call in judge.calls] == [1, 64, 64, 22] and len(found) == 150
+    judge.calls.clear()
+    assert batcher._scored(pairs_of(150)) == found
     assert [len(call) for call in judge.calls] == [64, 64, 22]
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_slow_judge_is_not_asked_too_much_by_a_process_that_does_not_know_it(mixes: bool):
+    """64 pairs were the first call of each process, and its last: so the judge was off for good."""
+    judge = Judge(pair_s=0.02)
+    judge.mixes_groups = mixes
+    batcher = Batcher(judge, budget_s=0.25)
+    start = time.monotonic()
+    batcher._stop_s = start + 0.45
+    with pytest.raises(JudgeError, match="more comparisons"):
+        batcher._scored(pairs_of(150))
+    assert time.monotonic() - start < 0.5, "its deadline"
 
 
 def test_the_judge_knows_when_it_must_be_done():
