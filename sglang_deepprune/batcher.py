@@ -31,6 +31,9 @@ CALL_PAIRS = 64  # of one call at most: what a process does between two looks at
 _CALL_SHARE = 0.5  # of the time left, that a call is meant to take at most
 _PATIENCE = 1.8  # times the budget, half the deadline: who still asks then has no verdict
 _KEPT_RATE = 0.5  # of the old rate, when a chunk or a call has told a new one
+# What breaks a CUDA context for good, as plain RuntimeErrors of Triton and FlashInfer name it.
+_FOR_GOOD = ("illegal memory access", "misaligned address", "illegal instruction",
+             "unspecified launch failure", "device-side assert")  # fmt: skip
 
 
 class Batcher:
@@ -157,8 +160,7 @@ class Batcher:
         try:
             found = self.judge.score(pairs)
         except Exception as error:
-            if is_device_lost(error):
-                raise DeviceLost(type(error).__name__) from error
+            raise_if_lost(error)
             raise
         scores = checked(found, len(pairs))
         self._learn(len(pairs), time.monotonic() - start)
@@ -259,6 +261,11 @@ def expected_tokens(task: JudgeTask) -> int:
     return max(1, int(2 * mean * compared * len(task.traces)))
 
 
+def raise_if_lost(error: Exception) -> None:
+    if is_device_lost(error):
+        raise DeviceLost(type(error).__name__) from error
+
+
 def is_device_lost(error: Exception) -> bool:
     """Whether every later CUDA call of this process will fail as this one did (an illegal access,
     an assertion on the device). One that found no memory may work the next time."""
@@ -268,10 +275,12 @@ def is_device_lost(error: Exception) -> bool:
     text = str(error)
     if "out of memory" in text:
         return False
-    # torch before 2.8 raises a plain RuntimeError.
     kind = getattr(torch, "AcceleratorError", None)
-    is_plain = type(error) is RuntimeError and text.startswith("CUDA error")
-    return is_plain if kind is None else isinstance(error, kind)
+    if kind is not None and isinstance(error, kind):
+        return True
+    # torch before 2.8 raises a plain RuntimeError.
+    is_old = kind is None and text.startswith("CUDA error")
+    return type(error) is RuntimeError and (is_old or any(one in text for one in _FOR_GOOD))
 
 
 def reason(error: Exception) -> str:

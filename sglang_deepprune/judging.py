@@ -26,7 +26,7 @@ from sglang_deepprune.batcher import Batcher, DeviceLost
 from sglang_deepprune.child import Child
 from sglang_deepprune.judges import OWN, is_remote_model, load_judge, memory
 from sglang_deepprune.judges import attention as chosen_attention
-from sglang_deepprune.judges.gpu import VISIBLE, visible_gpu
+from sglang_deepprune.judges.gpu import PLAIN, VISIBLE, visible_gpu
 from sglang_deepprune.metrics import JUDGE_FAILURES, JUDGE_RESTARTS, Failure, Meter
 from sglang_deepprune.types import JudgeResult, JudgeTask
 
@@ -43,9 +43,17 @@ _LOG = logging.getLogger(__name__)
 Answer = Callable[[tuple[list[JudgeTask], list[str]]], list[JudgeResult]]
 
 
+class KernelsFailed(Exception):
+    """A kernel that was tried while the judge loaded has broken its GPU's context. The parent knows
+    it by its name."""
+
+
 def make_worker(spec: str, budget_s: float = math.inf) -> Answer:
     """Child side: (tasks, groups that have ended) -> results of the first tasks (`batcher.py`)."""
-    batcher = Batcher(load_judge(spec), budget_s)
+    try:
+        batcher = Batcher(load_judge(spec), budget_s)
+    except DeviceLost as error:
+        raise KernelsFailed(str(error)) from error
 
     def answer(request: tuple[list[JudgeTask], list[str]]) -> list[JudgeResult]:
         try:
@@ -201,7 +209,13 @@ class JudgeWorker:
         if reply.error is None:
             self._accept(reply.value)
         elif self._child.pid is None:
-            if is_loading:
+            kind = reply.error.partition(":")[0]
+            if is_loading and kind == KernelsFailed.__name__ and PLAIN not in self._child.env:
+                # At once and as no fault: who waits for it to load waits on.
+                _LOG.warning("judge %s: %s; it loads again without kernels", self.spec, reply.error)
+                self._child.env[PLAIN] = "1"
+                self._launch()
+            elif is_loading:
                 self._fault(Failure.LOAD, f"cannot load: {reply.error}", is_loading=True)
             else:
                 self._fault(Failure.END, reply.error)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_deepprune.batcher import DeviceLost
 from sglang_deepprune.types import JudgeTask, Pair
 
 Score = Callable[[Sequence[Pair]], Any]
@@ -82,6 +83,16 @@ def device_lost_once() -> ScriptedJudge:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     return ScriptedJudge(score)
+
+
+def losing_the_device_by_a_kernel() -> ScriptedJudge:
+    if "DEEPPRUNE_JUDGE_PLAIN" not in os.environ:
+        raise DeviceLost("AcceleratorError")
+    return same()
+
+
+def losing_the_device() -> ScriptedJudge:
+    raise DeviceLost("AcceleratorError")
 
 
 def raising_for_left_out() -> ScriptedJudge:

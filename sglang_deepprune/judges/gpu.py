@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+PLAIN = "DEEPPRUNE_JUDGE_PLAIN"  # set: no kernel of ours, one has cost this judge its GPU
 BALANCE_CHECK = "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"
 _SMALL_SHARE = 0.05  # of a GPU; SGLang's check begins at a tenth of what is free on another
 

@@ -31,7 +31,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from sglang_deepprune.batcher import raise_if_lost
 from sglang_deepprune.judges.attention import ENV, FLASHINFER, Attend, choose_attention
+from sglang_deepprune.judges.gpu import PLAIN
 from sglang_deepprune.judges.lm_prompt import Prompt
 from sglang_deepprune.judges.memory import CACHE_BYTES
 from sglang_deepprune.kernels.label_head import label_head
@@ -116,7 +118,10 @@ class Packed:
         cls, model: Any, label_ids: Sequence[int], pass_tokens: int, ordinary: Any
     ) -> Packed | None:
         """None for a model whose probabilities it does not reproduce. `ordinary`: prompts -> [num]
-        P(same) the ordinary way."""
+        P(same) the ordinary way. Raises `DeviceLost` where it has broken the CUDA context."""
+        if os.environ.get(PLAIN):
+            _is_off(model, "its kernels have failed on this GPU")
+            return None
         if model.device.type == "cuda" and not _has_kernel(model):
             # Its reference on a GPU takes memory that nobody has planned for.
             _is_off(model, "no kernel is made for its heads")
@@ -131,6 +136,7 @@ class Packed:
             found, wanted = packed.probabilities(prompts), torch.as_tensor(ordinary(prompts))
             packed.prefixes.clear()
         except Exception as error:  # a model's fault, or what Triton raises where it cannot compile
+            raise_if_lost(error)  # no ordinary pass works either: it takes a process of its own
             _is_off(model, f"{type(error).__name__}: {error}".split("\n")[0])
             return None
         largest = float((found.cpu() - wanted).abs().max())

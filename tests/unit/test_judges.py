@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from sglang_deepprune.batcher import DeviceLost
 from sglang_deepprune.config import ConfigError
 from sglang_deepprune.judges import Judge, check_judge, load_judge
+from sglang_deepprune.judges.gpu import PLAIN
 from sglang_deepprune.judges.vectors import VectorCache
+from sglang_deepprune.kernels.pair_score import PairScores, pair_score_reference
 from sglang_deepprune.types import Pair, Trace
 
 TEXTS = (
@@ -114,6 +118,35 @@ def test_the_encoder_pools_as_sentence_transformers_does(encoder):
     left, right = "The sum is 12.", "The total equals twelve."
     (score,) = encoder.score([Pair(trace(left), trace(right))])
     assert score == pytest.approx(0.76427, abs=1e-4)
+
+
+def test_an_encoder_whose_kernel_fails_scores_by_the_reference(monkeypatch, caplog):
+    from sglang_deepprune.judges import encoder as module
+
+    def kernel(failure: Exception | None) -> Callable[..., PairScores]:
+        def run(*question: torch.Tensor) -> PairScores:
+            if failure is not None:
+                raise failure
+            scores, means = pair_score_reference(*question)
+            return PairScores(scores * 1.01, means)
+
+        return run
+
+    def chosen(run: Callable[..., PairScores]) -> Callable[..., PairScores]:
+        monkeypatch.setattr(module, "pair_score", run)
+        return module.choose_pair_score(384, torch.device("cpu"))
+
+    assert chosen(pair_score_reference) is pair_score_reference and not caplog.records
+    assert chosen(kernel(None)) is pair_score_reference
+    assert chosen(kernel(OSError("no compiler\nat all"))) is pair_score_reference
+    off, refused = (record.getMessage() for record in caplog.records)
+    assert "without its kernel: its scores are off by 0.0" in off
+    assert refused.endswith("OSError: no compiler")
+    lost = kernel(torch.AcceleratorError("CUDA error: misaligned address"))
+    with pytest.raises(DeviceLost):
+        chosen(lost)
+    monkeypatch.setenv(PLAIN, "1")
+    assert chosen(lost) is pair_score_reference
 
 
 def test_none_never_has_a_verdict():

@@ -386,12 +386,32 @@ def test_a_gpu_that_has_failed_for_good_costs_a_process_and_not_the_judge(
     assert result.error is None and tally.of(JUDGE_FAILURES) == {"end": 1}
 
 
+def test_a_kernel_that_breaks_the_gpu_at_load_costs_the_kernels_and_not_the_judge(make, caplog):
+    worker = make("losing_the_device_by_a_kernel", max_restarts=0)
+    worker.submit(task())
+    assert worker.wait_loaded() and worker._child.num_starts == 2
+    (result,) = results_of(worker, 1)
+    assert result.error is None
+    (record,) = caplog.records
+    assert "it loads again without kernels" in record.getMessage()
+
+
+def test_a_gpu_that_fails_without_kernels_too_is_a_fault_as_any(make):
+    worker = make("losing_the_device", max_restarts=1)
+    worker.meter = tally = Tally()
+    poll_until(worker, lambda: worker.is_disabled)
+    assert worker._child.num_starts == 3 and tally.of(JUDGE_FAILURES) == {"load": 2, "off": 1}
+
+
 def test_which_errors_of_a_gpu_are_for_good():
     lost = torch.AcceleratorError("CUDA error: device-side assert triggered")
     assert is_device_lost(lost)
     assert not is_device_lost(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert not is_device_lost(torch.AcceleratorError("CUDA error: out of memory"))
     assert not is_device_lost(RuntimeError("shapes do not match"))
+    triton = "Triton Error [CUDA]: {}"
+    assert is_device_lost(RuntimeError(triton.format("an illegal memory access was encountered")))
+    assert not is_device_lost(RuntimeError(triton.format("out of memory")))
 
 
 def test_before_torch_2_8_they_are_told_by_their_text(monkeypatch):

@@ -15,8 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sglang_deepprune.batcher import DeviceLost
 from sglang_deepprune.judges import packed as packed_module
 from sglang_deepprune.judges.attention import ENV, FLASHINFER
+from sglang_deepprune.judges.gpu import PLAIN
 from sglang_deepprune.judges.llm import LLMJudge
 from sglang_deepprune.judges.lm_prompt import Prompt
 from sglang_deepprune.judges.memory import CACHE_BYTES
@@ -246,6 +248,23 @@ def test_kernels_that_cannot_be_compiled_cost_the_packing_and_not_the_judge(
     assert np.isfinite(judge.score(lm_judge.pairs(1)[0])).all()
     (record,) = caplog.records
     assert "judges without packing: CalledProcessError" in record.getMessage()
+
+
+def test_a_kernel_that_breaks_the_gpu_ends_the_process_and_the_next_one_does_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(packed_module, "choose_attention", lambda device: broken)
+    path = str(lm_judge.make_base(tmp_path))
+    with pytest.raises(DeviceLost, match="AcceleratorError"):
+        LLMJudge(path)
+    monkeypatch.setenv(PLAIN, "1")
+    judge = LLMJudge(path)
+    assert judge.packed is None and np.isfinite(judge.score(lm_judge.pairs(1)[0])).all()
+    (record,) = caplog.records
+    assert "judges without packing: its kernels have failed" in record.getMessage()
 
 
 def test_on_a_gpu_heads_that_no_kernel_takes_are_not_packed(
