@@ -29,8 +29,8 @@ from sglang_deepprune.types import ABSENT, Assignment, JudgeTask, Pair, Trace
 
 AUROCS = (0.65, 0.87, 0.95, 1.0)
 MODES = (
-    ("full", 0.0), ("sequential", 0.0), ("sequential", 0.01), ("exclusive", 0.01),
-    ("exclusive", 0.05),
+    ("full", 0.0), ("sequential", 0.0), ("sequential", 0.05), ("sequential", 0.2),
+    ("exclusive", 0.05), ("exclusive", 0.2),
 )  # fmt: skip
 CUT_TOKENS = 500
 
@@ -72,6 +72,8 @@ def branch_cases(path: str, size: int, auroc: float, tau: float, seed: int) -> I
 def trace_cases(path: str, spec: str, cut: str, tau: float, limit: int) -> Iterator[Case]:
     check_judge(spec)
     judge = load_judge(spec)
+    if not getattr(judge, "mixes_groups", False):
+        raise SystemExit(f"{spec}: its scores depend on the company in a call; it is asked in full")
     questions = [one for one in load(path) if len(one.traces) > 1]
     for question in questions[: limit or None]:
         traces = [replace(truncate(t, cut, i), answer=None) for i, t in enumerate(question.traces)]
@@ -163,7 +165,7 @@ def main() -> None:
     parser.add_argument("--branches", help="recorded branches")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--traces", help="recorded texts, JSONL or .gz")
-    parser.add_argument("--judge", default="similarity", help="of --traces: NAME[:PATH]")
+    parser.add_argument("--judge", default="belief", help="of --traces: NAME[:PATH]")
     parser.add_argument("--cut", default="words:25", help="of --traces")
     parser.add_argument("--tau", type=float, nargs="+", default=[0.5, 0.75])
     parser.add_argument("--questions", type=int, default=0, help="of --traces: the first N; 0: all")

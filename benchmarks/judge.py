@@ -40,7 +40,7 @@ from sglang_deepprune.types import JudgeTask, Pair
 
 NAIVE_BATCH = 16
 WAYS = ("naive", "sorted", "server", "packed")
-MODES = (("full", 0.0), ("sequential", 0.01), ("exclusive", 0.01))
+MODES = (("full", 0.0), ("sequential", 0.0), ("sequential", 0.05), ("exclusive", 0.05))
 Score = Callable[[Sequence[Pair]], np.ndarray]
 
 
@@ -183,7 +183,7 @@ def rows_of(ways: Iterator[Way], tasks: Sequence[JudgeTask]) -> list[Row]:
             if way.name == "sorted":
                 unpacked = unpacked or scores
             rows.append({
-                "way": way.name, "comparisons": mode, "n": len(tasks[0].traces),
+                "way": way.name, "comparisons": mode, "error": error, "n": len(tasks[0].traces),
                 "questions": len(tasks), "pairs": pairs, "seconds": round(seconds, 2),
                 "pairs_per_s": pairs / seconds,
                 "tokens": None if before is None or after is None else after - before,
@@ -197,9 +197,9 @@ def rows_of(ways: Iterator[Way], tasks: Sequence[JudgeTask]) -> list[Row]:
 
 def with_bounds(rows: list[Row]) -> list[Row]:
     """Ratios to `sorted` with the same comparisons, and to its full loop in tokens."""
-    base = {row["comparisons"]: row for row in rows if row["way"] == "sorted"}
+    base = {(row["comparisons"], row["error"]): row for row in rows if row["way"] == "sorted"}
     for row in rows:
-        own, full = base.get(row["comparisons"]), base.get("full")
+        own, full = base.get((row["comparisons"], row["error"])), base.get(("full", 0.0))
         if own is None or full is None:
             continue
         row["pairs_per_s_ratio"] = row["pairs_per_s"] / own["pairs_per_s"]

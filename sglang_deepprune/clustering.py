@@ -93,11 +93,11 @@ def _draw(
 ) -> list[Trace]:
     """The members that a trace is compared with: K1 at most, the same ones in every replay."""
     here = [member for member in members if member in known]
-    if len(here) > task.num_compared:
-        # Not Python's hash(): that differs from process to process.
-        name = f"{task.seed}\0{task.group_id}\0{sibling}\0{cluster}".encode()
-        seed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
-        here = random.Random(seed).sample(here, task.num_compared)
+    # In a drawn order, too: what `sequential` hears first must not be the cluster's founders.
+    # Not Python's hash(): that differs from process to process.
+    name = f"{task.seed}\0{task.group_id}\0{sibling}\0{cluster}".encode()
+    seed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+    here = random.Random(seed).sample(here, min(len(here), task.num_compared))
     return [known[member] for member in here]
 
 

@@ -186,7 +186,8 @@ class DeepPruneConfig:
         "('exclusive').", choices=COMPARISONS,
     )  # fmt: skip
     compare_error: float = _setting(
-        0.01, "Of the latter two: chance that a mean lies outside its bounds; 0: certainty.",
+        0.05, "Of the latter two: chance that a mean lies outside its bounds, approximately; 0: "
+        "certainty.",
         low=0.0, high=0.5, kind=float,
     )  # fmt: skip
     k2: int | None = _setting(

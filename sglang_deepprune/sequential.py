@@ -6,7 +6,10 @@ are asked about one after the other, the most promising cluster first, until the
 - A cluster whose mean can no longer pass tau, or no longer the best one's, is asked no further. The
   bounds are those of the scores that are still out, [0, 1] each: no placement changes by this.
 - With `error` > 0 they are the narrower normal interval of the mean of p scores of which m are
-  known, at that chance of lying outside: about that share of the placements may differ.
+  known, drawn in random order, at that chance of lying outside. No guarantee: an approximation for
+  few scores, looked at again after each. Its prior is the widest spread that scores can have, and
+  so no more than that share of the placements differed in what was tried: judges' scores on
+  recorded branches, and scores of two values, which are the worst (tests/unit/test_sequential.py).
 - With `is_exclusive` clusters exclude each other: a trace that belongs to one with probability q
   belongs to another with at most 1 - q, so that most clusters are never asked. True of answers, and
   of a judge that is sure; of a noisy one many placements differ from the full loop's.
@@ -23,8 +26,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-_PRIOR_SD = 0.25  # of the scores inside a cluster, before any is known
-_PRIOR_WEIGHT = 2  # in scores
+_PRIOR_SD = 0.5  # of the scores inside a cluster, before any is known: as wide as [0, 1] allows
+_PRIOR_WEIGHT = 3  # in scores
 
 # Asks about (cluster, place among its drawn members), is sent P(same) or NaN; ends with the means.
 Comparing = Generator[tuple[int, int], float, list[float]]

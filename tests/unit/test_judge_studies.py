@@ -47,6 +47,7 @@ def test_the_ways_agree_and_sharing_reads_less(traces: Path, tmp_path: Path, mon
     assert found["packed", "full"]["tokens"] < found["sorted", "full"]["tokens"]
     assert found["packed", "full"]["bound"] > 1 and found["sorted", "full"]["bound"] == 1
     assert found["packed", "sequential"]["pairs"] <= found["packed", "full"]["pairs"]
+    assert [row["error"] for row in rows[:4]] == [0, 0, 0.05, 0.05]
 
 
 def test_the_naive_way_reads_where_the_model_is():
@@ -64,7 +65,7 @@ def test_the_naive_way_reads_where_the_model_is():
 
 def test_comparisons_are_counted_against_the_full_loop(traces: Path, tmp_path: Path, monkeypatch):
     rows = run(
-        comparisons, monkeypatch, "--traces", str(traces), "--judge", "similarity", "--cut",
+        comparisons, monkeypatch, "--traces", str(traces), "--judge", "trigrams", "--cut",
         "tokens:500", "--tau", "0.5", str(tmp_path / "out.json"),
     )  # fmt: skip
     full, exact = rows[0], rows[1]
@@ -72,3 +73,8 @@ def test_comparisons_are_counted_against_the_full_loop(traces: Path, tmp_path: P
     assert exact["comparisons"] == "sequential" and exact["error"] == 0
     assert exact["same_assignments"] == exact["same_decisions"] == 1
     assert 0 < exact["calls_a_trace"] <= full["calls_a_trace"]
+
+
+def test_a_judge_whose_scores_depend_on_their_company_is_not_asked_one_by_one(traces: Path):
+    with pytest.raises(SystemExit, match="asked in full"):
+        next(comparisons.trace_cases(str(traces), "similarity", "tokens:500", 0.5, 1))
