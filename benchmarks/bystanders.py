@@ -4,8 +4,10 @@ One server on the embedded reasoner; a few clients stream ordinary requests whil
 after the other and never get anybody stopped (K2 is out of reach), so that the decode load is the
 same under every judge. Modes: `none` (no judge; first and last, their distance is the noise),
 `busy` (a language model that reads without a pause, with a backlog) and `stopped` (the same one,
-under SIGSTOP: it never answers). Server and clients are pinned to the first core, the judge to the
-last; gaps are taken between the chunks of a stream, at the client.
+under SIGSTOP: it never answers). First with server and clients pinned to the first core and the
+judge to the last; then, `shared`, with all of them on all cores, as the kernel likes: there the
+judge's low priority alone protects strangers. Ratios are to the mean of the two runs without a
+judge of the same kind. Gaps are taken between the chunks of a stream, at the client.
 
     python -m benchmarks.bystanders --judge llm:MODEL --json benchmarks/results/bystanders.json
 """
@@ -35,6 +37,7 @@ CORES = sorted(os.sched_getaffinity(0))
 TOKENS = 32
 LOAD_LIMIT_S = 120.0
 MODES = ("none", "busy", "stopped", "none again")
+SHARED_MODES = ("none", "busy", "none again")
 FLAGS = ("--enable-deepprune", "--deepprune-fill", "0", "--stream-interval", "1",
          "--max-running-requests", "32")  # fmt: skip
 GROUP = {
@@ -123,15 +126,17 @@ def pin(judge: psutil.Process) -> None:
             os.sched_setaffinity(thread.id, {CORES[-1]})
 
 
-def play(mode: str, spec: str, requests: int, n: int) -> Row:
+def play(mode: str, spec: str, requests: int, n: int, *, is_pinned: bool) -> Row:
     """One mode on a server of its own."""
+    os.sched_setaffinity(0, {CORES[0]} if is_pinned else CORES)
     name = spec if mode in ("busy", "stopped") else "none"
     flags = (*FLAGS, "--deepprune-judge", name, "--deepprune-judge-deadline-ms", "600000")
     with LocalServer(model_path(), *flags, max_total_tokens=60_000) as server:
         with groups(server.url, n):
             judge = judge_of(server) if name != "none" else None
             if judge is not None:
-                pin(judge)
+                if is_pinned:
+                    pin(judge)
                 wait_loaded(server.url)
                 time.sleep(5)  # its backlog grows
             used = sum(judge.cpu_times()[:2]) if judge else 0.0
@@ -147,7 +152,8 @@ def play(mode: str, spec: str, requests: int, n: int) -> Row:
                 judge.send_signal(signal.SIGCONT)
         every = [gap for one in gaps for gap in one]
         return {
-            "mode": mode, "requests": len(gaps), "tokens": len(every) + len(gaps),
+            "mode": mode, "cores": "apart" if is_pinned else "shared",
+            "requests": len(gaps), "tokens": len(every) + len(gaps),
             "itl_mean_ms": 1e3 * statistics.fmean(every),
             "itl_p50_ms": 1e3 * (percentile(every, 0.5) or 0),
             "itl_p99_ms": 1e3 * (percentile(every, 0.99) or 0),
@@ -164,15 +170,16 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8, help="siblings of a group")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    os.sched_setaffinity(0, {CORES[0]})
     rows = []
-    for mode in MODES:
-        rows.append(play(mode, args.judge, args.requests, args.n))
-        print(rows[-1], flush=True)
-    quiet = [row for row in rows if row["mode"].startswith("none")]
-    keys = ("itl_mean_ms", "itl_p50_ms", "itl_p99_ms")
-    base: Row = {key: statistics.fmean(row[key] for row in quiet) for key in keys}
-    rows = with_ratios(rows, base, keys)
+    for is_pinned, modes in ((True, MODES), (False, SHARED_MODES)):
+        own = []
+        for mode in modes:
+            own.append(play(mode, args.judge, args.requests, args.n, is_pinned=is_pinned))
+            print(own[-1], flush=True)
+        quiet = [row for row in own if row["mode"].startswith("none")]
+        keys = ("itl_mean_ms", "itl_p50_ms", "itl_p99_ms")
+        base: Row = {key: statistics.fmean(row[key] for row in quiet) for key in keys}
+        rows += with_ratios(own, base, keys)
     print_table(rows, "ordinary requests beside a judge at work")
     if args.json is not None:
         write_json(args.json, "bystanders", rows)

@@ -61,7 +61,8 @@ class LLMJudge:
         return score_readable(pairs, lambda own: self.score_prompts(self.prompts.write(own)))
 
     def forget(self, group_ids: Sequence[str]) -> None:
-        """Keys and values that were kept for groups that have ended."""
+        """Texts, keys and values that were kept for groups that have ended."""
+        self.prompts.forget(group_ids)
         if self.packed is not None:
             self.packed.prefixes.forget(group_ids)
 

@@ -16,7 +16,7 @@ import json
 import re
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class PromptWriter:
         self._control = re.compile("|".join(map(re.escape, longest_first))) if names else None
         self._fixed = self._template(settings.prompt)
         self._room = max_tokens - sum(len(part) for part in self._fixed)
-        self._cache: OrderedDict[str, array[int]] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str], array[int]] = OrderedDict()  # by group and text
         self._num_cached = 0  # tokens
 
     def write(self, pairs: Sequence[Pair]) -> list[Prompt]:
@@ -125,24 +125,32 @@ class PromptWriter:
     def _write(self, pair: Pair) -> Prompt:
         second, first = sorted((pair.left, pair.right), key=lambda trace: trace.sibling)
         opening, between, middle, closing = self._fixed
-        problem = self.encode(first.prompt[-PROBLEM_CHARS:].strip() or "(not shown)")
+        owner = pair.group_id
+        problem = self.encode(first.prompt[-PROBLEM_CHARS:].strip() or "(not shown)", owner)
         problem = problem[-max(16, self._room // 4) :]
         most = max(16, (self._room - len(problem)) // 2)
-        head, tail = (self.encode(trace.text.strip())[-most:] for trace in (first, second))
+        head, tail = (self.encode(one.text.strip(), owner)[-most:] for one in (first, second))
         stem = (*opening, *problem, *between)
         return Prompt((*stem, *head, *middle), (*tail, *closing), pair.group_id, len(stem))
 
-    def encode(self, text: str) -> array[int]:
-        """Ids of a text that is data. Each text is read once while it is among the latest."""
-        ids = self._cache.get(text)
+    def encode(self, text: str, owner: str = "") -> array[int]:
+        """Ids of a text that is data. Each is read once for the group `owner` while it is among the
+        latest."""
+        ids = self._cache.get((owner, text))
         if ids is None:
-            ids = self._cache[text] = array("i", self._encode(text))
+            ids = self._cache[owner, text] = array("i", self._encode(text))
             self._num_cached += len(ids)
             while self._num_cached > _MAX_CACHED_TOKENS and len(self._cache) > 1:
                 self._num_cached -= len(self._cache.popitem(last=False)[1])
         else:
-            self._cache.move_to_end(text)
+            self._cache.move_to_end((owner, text))
         return ids
+
+    def forget(self, owners: Iterable[str]) -> None:
+        """Drop the texts of groups that have ended."""
+        ended = set(owners)
+        for key in [key for key in self._cache if key[0] in ended]:
+            self._num_cached -= len(self._cache.pop(key))
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []

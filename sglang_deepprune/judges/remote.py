@@ -204,6 +204,11 @@ class RemoteJudge:
             self._prompts = _writer(source, min(limit, _MOST_TOKENS))
         return self._prompts
 
+    def forget(self, group_ids: Sequence[str]) -> None:
+        """Texts that were kept for groups that have ended."""
+        if self._prompts is not None:
+            self._prompts.forget(group_ids)
+
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """[num_pairs] float32; see `Judge.score`. Raises `JudgeError` when the server does not
         answer or the circuit is open."""

@@ -39,6 +39,29 @@ def test_the_order_of_a_pair_does_not_matter_and_pairs_share_their_prefix(tokeni
     assert text.index("How much is 2 + 2?") < text.index("it is 5") < text.index("so it is 4")
 
 
+def test_a_groups_instruction_and_problem_stand_in_front_of_all_its_prompts(tokenizer):
+    writer = PromptWriter(tokenizer, load_settings(None))
+    a, b, c = trace(0, "so it is 4"), trace(3, "wait it is 4"), trace(5, "it is 5")
+    first, second = writer.write([Pair(a, b), Pair(b, c)])
+    assert first.stem == second.stem and first.prefix != second.prefix
+    assert "How much is 2 + 2?" in tokenizer.decode(first.stem)
+    after = first.after_stem()
+    assert after.prefix == first.stem
+    assert after.prefix + after.rest == first.prefix + first.rest
+
+
+def test_the_texts_of_a_group_are_forgotten_with_it(tokenizer):
+    writer = PromptWriter(tokenizer, load_settings(None))
+    a, b = trace(0, "so it is 4"), trace(3, "wait it is 4")
+    writer.write([Pair(a, b, "one"), Pair(a, b, "two")])
+    assert len(writer._cache) == 6
+    writer.forget(["one", "unknown"])
+    assert {owner for owner, _ in writer._cache} == {"two"}
+    assert writer._num_cached == sum(map(len, writer._cache.values()))
+    writer.forget(["two"])
+    assert not writer._cache and writer._num_cached == 0
+
+
 def test_the_chat_template_is_honoured(tokenizer):
     (prompt,) = PromptWriter(tokenizer, load_settings(None)).write(
         [Pair(trace(0, "a"), trace(1, "b"))]
