@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,9 @@ class Batcher:
 
     def _answer(self, tasks: Sequence[JudgeTask]) -> list[JudgeResult]:
         start = time.monotonic()
-        runs = [_Run(task) for task in tasks]
+        # Scores that depend on their company are those of the full loop's calls, and of no others.
+        asked = tasks if self.is_mixing else [replace(task, compare="full") for task in tasks]
+        runs = [_Run(task) for task in asked]
         for run in runs:
             run.begin()
         while asking := [run for run in runs if run.asked]:

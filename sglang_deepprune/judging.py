@@ -38,7 +38,7 @@ _MAX_WAITING = 1024  # tasks; beyond it the server asks more than any judge can 
 _MAX_BATCH_CHARS = 1_000_000  # bounds what one poll pickles on the scheduler's thread
 _BUDGET_SHARE = 0.5  # of the deadline, after which the child starts no further task of a batch
 _FIRST_BACKOFF_S = 0.5
-_NICENESS = 10  # of the judge: where cores are short, loading and judging wait for the server
+_NICENESS = 5  # of the judge: where cores are short, loading and judging wait for the server
 _LOG = logging.getLogger(__name__)
 
 Answer = Callable[[tuple[list[JudgeTask], list[str]]], list[JudgeResult]]

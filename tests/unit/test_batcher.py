@@ -89,6 +89,15 @@ def test_a_judge_that_does_not_say_so_gets_one_group_a_call():
     assert all(len(set(call)) == 1 for call in judge.calls)
 
 
+@pytest.mark.parametrize("compare", ["sequential", "exclusive"])
+def test_scores_that_depend_on_their_company_are_asked_as_the_full_loop_does(compare: str):
+    judge = Judge()
+    judge.mixes_groups = False
+    (result,) = warm(judge)([task("a", compare=compare)])
+    assert judge.calls == calls_of(task("a"))
+    assert result.num_pairs == place(task("a"), Judge().score)[1]
+
+
 def test_a_group_that_makes_the_judge_raise_spoils_its_own_result_alone():
     results = warm(Judge())([task("a"), task("b", text="boom"), task("c")])
     assert [result.error is None for result in results] == [True, False, True]
