@@ -25,10 +25,11 @@ _DELTAS = frozenset({
     "output_token_sampling_mask", "output_token_sampling_logprobs",
 })  # fmt: skip
 _TEXTS = ("text", "output_ids")  # what a streamed choice holds of its output
-# Attributes of the request object that OpenAI handlers share: the groups' records, and whether
-# choices that were held back come in their own chunks.
+# Attributes of the request object that OpenAI handlers share: the groups' records, whether choices
+# that were held back come in their own chunks, and whether usage is added up from the chunks.
 RECORDS = "_deepprune_records"
 REPLAYS = "_deepprune_replays"
+ADDS_UP = "_deepprune_adds_up"
 
 
 def unpack(meta: dict[str, Any], reason: dict[str, Any], obj: Any) -> None:
@@ -89,9 +90,11 @@ class Reply:
             first = prompt * self.num_siblings
             block = [self._joined(first + index) for index in range(self.num_siblings)]
             kept = self._finished_block(prompt, ask, block)
-            # The dropped choices were generated too: usage counts them with the first kept one.
-            spent = sum(_tokens(one) for one in block) - sum(_tokens(one) for one in kept)
-            kept[0]["meta_info"]["completion_tokens"] = _tokens(kept[0]) + spent
+            if getattr(obj, ADDS_UP, False):
+                # The dropped choices were generated too: usage counts them with the first kept one.
+                # A native reply's own number stays what it is, as in a whole reply.
+                spent = sum(_tokens(one) for one in block) - sum(_tokens(one) for one in kept)
+                kept[0]["meta_info"]["completion_tokens"] = _tokens(kept[0]) + spent
             self._publish(obj)
             chunks = [self.chunks.pop(first + index, []) for index in range(self.num_siblings)]
             for place, one in enumerate(kept):
@@ -276,6 +279,7 @@ def completion_stream(
     original: Callable[..., Any], self: Any, adapted_request: Any, request: Any, raw_request: Any
 ) -> Any:
     """AROUND `_generate_completion_stream`."""
+    setattr(adapted_request, ADDS_UP, True)
     lines = original(self, adapted_request, request, raw_request)
     return _with_record(lines, adapted_request, request, "text_completion")
 
@@ -284,6 +288,7 @@ def chat_stream(
     original: Callable[..., Any], self: Any, adapted_request: Any, request: Any, raw_request: Any
 ) -> Any:
     """AROUND `_generate_chat_stream`."""
+    setattr(adapted_request, ADDS_UP, True)
     if getattr(request, "tools", None):
         setattr(adapted_request, REPLAYS, True)
     lines = original(self, adapted_request, request, raw_request)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,31 @@ def test_return_filters_choices_but_not_the_usage(scripted: Server, returns: str
     ]
     assert reply["usage"]["completion_tokens"] == group["generated_tokens"]
     texts: dict[int, str] = {}
+    usage: dict[str, Any] | None = None
+    body |= {"stream_options": {"include_usage": True}}
     for chunk in scripted.stream("/v1/completions", body):
+        usage = chunk.get("usage") or usage
         for choice in chunk["choices"]:
             texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
     assert texts == {index: scenario.PROMPTS[PRUNE][index] for index in indices}
+    assert usage is not None and usage["completion_tokens"] > sum(
+        group["choices"][index]["tokens"] for index in indices
+    )
+
+
+def test_a_native_streams_numbers_are_those_of_each_choice(scripted: Server):
+    """Where choices are dropped, too: a native reply has no usage that would count them."""
+    params = {"n": 8, "max_new_tokens": 400, "temperature": 1.0,
+              "custom_params": {"deepprune": {**PAPER, "return": "survivors"}}}  # fmt: skip
+    ends: dict[int, dict[str, Any]] = {}
+    length: Counter[int] = Counter()
+    for chunk in scripted.stream("/generate", {"text": PRUNE, "sampling_params": params}):
+        length[chunk["index"]] = len(chunk["output_ids"])
+        ends[chunk["index"]] = chunk["meta_info"]
+    record = ends[0]["deepprune"]["group"]
+    for index in (0, 1):
+        assert ends[index]["completion_tokens"] == length[index]
+        assert ends[index]["completion_tokens"] == record["choices"][index]["tokens"]
 
 
 def test_a_request_can_opt_out_and_then_nothing_is_stopped(scripted: Server, tokenizer):

@@ -97,8 +97,18 @@ def test_a_stream_that_returns_the_vote_says_nothing_before_the_end():
     for chunk in (reply(0, end=False), reply(2), reply(0), reply(1, group(STATES, winner=2))):
         sent += shape.piece(chunk, obj)
     assert [one["text"] for one in sent] == ["text 2"]
-    assert sent[0]["meta_info"]["completion_tokens"] == 15  # the dropped ones were generated too
+    assert sent[0]["meta_info"]["completion_tokens"] == 5  # its own, as in a whole reply
     assert getattr(obj, output.RECORDS)[0]["winner"] == 2
+
+
+@pytest.mark.parametrize("wrap", [output.completion_stream, output.chat_stream])
+def test_a_stream_whose_usage_is_added_up_counts_the_choices_that_were_dropped(wrap: Any):
+    shape, obj = output.Reply(3, [ask("survivors")]), SimpleNamespace()
+    wrap(lambda *_: None, None, obj, SimpleNamespace(), None)
+    sent: list[dict[str, Any]] = []
+    for chunk in (reply(2), reply(0), reply(1, group(STATES, winner=2))):
+        sent += shape.piece(chunk, obj)
+    assert [one["meta_info"]["completion_tokens"] for one in sent] == [10, 5]
 
 
 def test_an_incremental_stream_joins_the_log_probabilities_of_what_it_held_back():
@@ -175,6 +185,7 @@ def test_a_stream_with_tools_replays_the_chunks_of_what_it_held_back(is_incremen
     shape = output.Reply(2, [ask("vote")], is_incremental=is_incremental)
     obj, parts = SimpleNamespace(), [CALLS[i : i + 4] for i in range(0, len(CALLS), 4)]
     setattr(obj, output.REPLAYS, True)
+    setattr(obj, output.ADDS_UP, True)
     sent: list[dict[str, Any]] = []
     for place, part in enumerate(parts):
         for index in (0, 1):
