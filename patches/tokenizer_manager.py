@@ -169,6 +169,8 @@ async def _serve(
     is_incremental = bool(getattr(self.server_args, "incremental_streaming_output", False))
     shape = output.Reply(fan.num_siblings, fan.asks, is_incremental=is_incremental)
     responses = original(self, obj, request, *rest)
+    # SGLang lets a background request run on without its client.
+    client = None if getattr(obj, "background", False) else request
     looked_s = time.monotonic()
     try:
         async for response in responses:
@@ -179,9 +181,9 @@ async def _serve(
                 yield piece
             # While choices are held back the OpenAI endpoints have not begun to answer: nobody
             # else would see that the client has left.
-            if shape.buffers and request is not None and time.monotonic() - looked_s > _LOOK_S:
+            if shape.buffers and client is not None and time.monotonic() - looked_s > _LOOK_S:
                 looked_s = time.monotonic()
-                if await request.is_disconnected():
+                if await client.is_disconnected():
                     raise ValueError("The client has left; its group is aborted.")
     finally:
         # A later n=1 call in the same task must not be taken for a sibling.

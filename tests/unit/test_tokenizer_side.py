@@ -224,10 +224,8 @@ def test_a_group_that_is_aborted_before_its_siblings_are_sent_is_aborted(is_asyn
     assert sent == ["warm-up", "s0", "s1"] and aborted == ["s0", "s1"]
 
 
-def test_a_client_that_leaves_while_its_choices_are_held_back_is_noticed(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    """The OpenAI endpoints begin to answer with the first chunk, and here that is the last."""
+def watched(monkeypatch: pytest.MonkeyPatch, **more: Any) -> tuple[bool, int]:
+    """A stream of the vote whose client leaves at the third look: (it was aborted, looks)."""
     monkeypatch.setattr(tokenizer_manager, "_LOOK_S", 0.0)
     aborted: list[str] = []
     self = manager()
@@ -243,7 +241,7 @@ def test_a_client_that_leaves_while_its_choices_are_held_back_is_noticed(
             yield {"index": 0, "text": "x" * place, "meta_info": {"finish_reason": None}}
 
     async def read() -> list[Any]:
-        asked = request({"n": 2, "custom_params": {"deepprune": {"return": "vote"}}})
+        asked = request({"n": 2, "custom_params": {"deepprune": {"return": "vote"}}}, **more)
         fan = tokenizer_manager._fan_of(self, asked)
         assert fan is not None
         fan.rids = [(0, "s0")]
@@ -251,9 +249,26 @@ def test_a_client_that_leaves_while_its_choices_are_held_back_is_noticed(
         return [one async for one in tokenizer_manager._serve(
             original, self, asked, client, (), fan)]  # fmt: skip
 
-    with pytest.raises(ValueError, match="client has left"):
+    try:
         asyncio.run(read())
-    assert aborted == ["s0"] and len(looks) == 3
+    except ValueError as error:
+        assert "client has left" in str(error)
+        assert aborted == ["s0"]
+        return True, len(looks)
+    return False, len(looks)
+
+
+def test_a_client_that_leaves_while_its_choices_are_held_back_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The OpenAI endpoints begin to answer with the first chunk, and here that is the last."""
+    assert watched(monkeypatch) == (True, 3)
+    assert watched(monkeypatch, background=False) == (True, 3)
+
+
+def test_a_background_request_runs_on_without_its_client(monkeypatch: pytest.MonkeyPatch):
+    """SGLang's own looks at the client leave such a request out."""
+    assert watched(monkeypatch, background=True) == (False, 0)
 
 
 @pytest.mark.parametrize("flag", ["smg_grpc_mode", "grpc_mode"])
