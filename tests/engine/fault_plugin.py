@@ -20,6 +20,7 @@ KEY = "deepprune_state"
 _MANAGERS = "sglang.srt.managers"
 _retired: Counter[str] = Counter()
 _num_missed = 0  # siblings that an abort named and did not reach
+_chunked: Counter[str] = Counter()  # siblings in the middle of their prompt: "doomed", "aborted"
 _longest_ms: dict[
     str, float
 ] = {}  # function of ours -> its longest call, in CPU time of its thread
@@ -35,6 +36,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_deepprune.coordinator import Coordinator
+    from sglang_deepprune.patches.dooms import Dooms
 
     controller = f"{_MANAGERS}.scheduler_components.internal_state.SchedulerInternalStateController"
     HookRegistry.register(f"{controller}.get_internal_state", of_scheduler, HookType.AFTER)
@@ -50,6 +52,13 @@ def register() -> None:
         return retired
 
     Coordinator.retire = counted  # type: ignore[assignment,method-assign]
+    doom = Dooms.doom
+
+    def seen(self: Dooms, req: Any, stop: Any) -> None:
+        _chunked["doomed"] += req is self.scheduler.chunked_req
+        doom(self, req, stop)
+
+    Dooms.doom = seen  # type: ignore[method-assign]
     _time_ours()
 
 
@@ -97,6 +106,7 @@ def aborted(result: Any, self: Any, recv_req: Any) -> None:
             req = live.req
             is_ending = req.finished() or isinstance(req.to_finish, FINISH_ABORT)
             _num_missed += not is_ending and req is not self.chunked_req
+            _chunked["aborted"] += req is self.chunked_req
 
 
 def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
@@ -134,6 +144,8 @@ def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
         "fence_open": fence.num_open if fence is not None else 0,
         "retired": dict(_retired),
         "missed": _num_missed,
+        "chunked": dict(_chunked),
+        "is_chunking": getattr(scheduler.chunked_req, "rid", None) in ours.live,
         "faults": sorted(ours._faults),
         "longest_ms": dict(_longest_ms),
         "retracted": ours.num_retracted,

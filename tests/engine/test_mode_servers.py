@@ -11,11 +11,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine import scenario, test_groups, test_lazy
+from benchmarks.scripted import plugin_env, write_scripts
+from tests.engine import fault_plugin, scenario, test_groups, test_lazy
 from tests.engine.conftest import COMMON, MARKER
 from tests.engine.server import Server
 from tests.engine.test_groups import DECIDE, PAPER, PRUNE, ask, group_of, states
@@ -213,6 +215,67 @@ def test_rows_that_decode_within_a_prefill_pass_are_siblings_too(tiny: Any, scri
         assert served and re.search(r"Prefill batch.*#running-req: [1-9]", server.log)
         server.wait_idle()
         tables(server)
+
+
+def pool_of(server: Server) -> dict[str, Any]:
+    """The server's inner state, by fault_plugin.py."""
+    return dict(server.get("/server_info")["internal_states"][0][fault_plugin.KEY])
+
+
+def at_baseline(server: Server, before: dict[str, Any]) -> None:
+    """All slots and rows are back. Without a flush, which would make a leak good."""
+    tables(server)
+    deadline = time.monotonic() + 10  # under overlap a row outlives its client by a step
+    names = ("free", "evictable", "protected", "rows")
+    while (now := pool_of(server)) and any(now[name] != before[name] for name in names):
+        assert time.monotonic() < deadline, f"{now} after, {before} before"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("more", [(), ("--enable-mixed-chunk",)], ids=["chunked", "mixed"])
+def test_a_sibling_in_the_middle_of_its_prompt_is_decided_and_aborted(
+    tiny: Any, tokenizer: Any, tmp_path: Path, more: tuple[str, ...]
+):
+    """The warm-up leaves the prompt in the tree, so that siblings have one chunk at most: without
+    a tree each reads it whole, 16 tokens a pass. Three rows end at once, the next three begin, and
+    then the fence finds that the three answers are one."""
+    prompt = " ".join(["chunks:", *scenario.WORDS * 40, "="])
+    answers = ["(x+1)^2", "x^2+2x+1", "x^2+2x+1"]
+    texts = [f"<A> so \\boxed{{{answer}}}" for answer in answers]
+    texts += [scenario.trace("B", 200, "8", turn) for turn in range(9)]
+    length = len(tokenizer.encode(prompt))
+    assert length > 20 * 16
+    tokens = scenario.token_lists(tokenizer, texts)
+    write_scripts(tmp_path / "scripts.json", {tuple(tokenizer.encode(prompt)): tokens})
+    faults = fault_plugin.plugin_env(tmp_path / "faults")["PYTHONPATH"]
+    env = plugin_env(tmp_path / "scripts.json", tmp_path / "scripted")
+    env |= {"PYTHONPATH": f"{env['PYTHONPATH']}:{faults}"}
+    flags = ("--disable-radix-cache", "--chunked-prefill-size", "16", "--max-running-requests", "3")
+    with Server(tiny, *COMMON, *MARKER, *flags, *more, env=env) as server:
+        server.generate("a stranger", max_new_tokens=2)
+        before = pool_of(server)
+        for _ in range(3):
+            outputs = ask(server, prompt, 12, {"preset": "latency", "window": 8})
+            assert states(outputs)[:3] == ["finished"] * 3
+            assert set(states(outputs)[3:]) <= {"decided", "not_started"}
+            assert group_of(outputs)["reason"].startswith("decided: 3:0")
+            at_baseline(server, before)
+        assert pool_of(server)["chunked"]["doomed"] >= 1, "nobody was decided in mid-prompt"
+        for count, way in enumerate(({"rid": "chunked"}, {"abort_all": True}), 1):
+            settings = {"deepprune": {"preset": "collect"}}
+            params = {"n": 12, "max_new_tokens": 400, "custom_params": settings}
+            thread, replies = in_background(
+                server, {"text": prompt, "rid": "chunked", "sampling_params": params}
+            )
+            while not pool_of(server)["is_chunking"]:
+                assert thread.is_alive()
+            server.post("/abort_request", way)
+            thread.join(timeout=60)
+            assert not thread.is_alive() and replies[0].status_code == 200
+            ends = Counter(out["meta_info"]["finish_reason"]["type"] for out in replies[0].json())
+            assert ends == {"abort": 12}
+            assert pool_of(server)["chunked"]["aborted"] >= count
+            at_baseline(server, before)
 
 
 def test_a_group_beyond_the_queue_limit_is_a_503_and_leaves_nothing(tiny: Any, scripts_env: Any):
