@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import pytest
 import requests
 
 from tests.engine import scenario
@@ -172,14 +173,29 @@ def whole(thread: Any, replies: list[Any]) -> list[dict[str, Any]]:
     return outputs
 
 
-def test_a_pause_and_a_flush_leave_held_siblings_to_go_on(scripted: Server):
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_a_pause_and_a_flush_leave_held_siblings_to_go_on(scripted: Server, mode: str):
     """What an RL trainer does between two steps: the tree is flushed under our prompt lock."""
     thread, replies = start_long(scripted, "paused")
-    assert scripted.post("/pause_generation", {"mode": "retract"}).status_code == 200
-    # Before 0.5.21 SGLang flushes for nobody while requests wait; the rest must hold all the same.
-    flushed = 400 if before("0.5.21") else 200
+    assert scripted.post("/pause_generation", {"mode": mode}).status_code == 200
+    # SGLang flushes for nobody while requests run, and before 0.5.21 while any wait; the rest must
+    # hold all the same.
+    flushed = 400 if mode == "in_place" or before("0.5.21") else 200
     assert requests.post(f"{scripted.url}/flush_cache", timeout=30).status_code == flushed
     assert scripted.post("/continue_generation", {}).status_code == 200
     whole(thread, replies)
     scripted.wait_idle()
     assert all(count == 0 for count in scripted.log_lines("deepprune-tables")[-1].values())
+
+
+def test_a_pause_that_aborts_takes_held_siblings_along(scripted: Server):
+    thread, replies = start_long(scripted, "aborted")
+    assert scripted.post("/pause_generation", {"mode": "abort"}).status_code == 200
+    thread.join(timeout=60)
+    assert not thread.is_alive(), "the client hangs"
+    found = Counter(states(replies[0].json()))
+    assert found["aborted"] >= 8 and set(found) <= {"aborted", "finished"}
+    scripted.wait_idle()  # flushed while it is paused
+    assert all(count == 0 for count in scripted.log_lines("deepprune-tables")[-1].values())
+    assert scripted.post("/continue_generation", {}).status_code == 200
+    assert group_of(ask(scripted, DECIDE, 12, BALANCED))["answer"] == "7"

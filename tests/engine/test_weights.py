@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import requests
 
 from tests.engine.server import Server
@@ -22,17 +23,19 @@ def settled(server: Server) -> None:
     assert set(server.log_lines("deepprune-tables")[-1].values()) == {0}
 
 
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_a_group_that_is_paused_for_new_weights_runs_on_as_plain_sampling(
-    scripted: Server, tiny: Path
+    scripted: Server, tiny: Path, mode: str
 ):
     lazy = {"preset": "balanced", "base": 2, "widen": 0.0}  # three equal votes would decide it
     params = {"n": 12, "max_new_tokens": 400, "custom_params": {"deepprune": lazy}}
     thread, replies = in_background(scripted, {"text": LONG, "sampling_params": params})
     while server_load(scripted)["num_running_reqs"] < 2:
         assert thread.is_alive()
-    assert scripted.post("/pause_generation", {"mode": "retract"}).status_code == 200
-    # A flush that finds requests waiting ends SGLang's scheduler before 0.5.21, ours or nobody's.
-    update(scripted, tiny, "paused", flush=not before("0.5.21"))
+    assert scripted.post("/pause_generation", {"mode": mode}).status_code == 200
+    # A flush that finds requests waiting ends SGLang's scheduler before 0.5.21, ours or nobody's;
+    # one that finds them running is refused.
+    update(scripted, tiny, mode, flush=mode == "retract" and not before("0.5.21"))
     assert scripted.post("/continue_generation", {}).status_code == 200
     outputs = whole(thread, replies)
     group = outputs[0]["meta_info"]["deepprune"]["group"]
