@@ -11,6 +11,7 @@ step. What passes to the judge and back is its `handover`'s, what passes to the 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -264,9 +265,11 @@ class Coordinator:
             if run.over_s is not None and now - run.over_s > HOLD_LIMIT_S:
                 run.over_s = now
                 commands.append(Expire(group_id, epoch))
-            if now - run.touched_s > self.config.group_timeout_s and run.is_awaited:
-                run.touched_s = now
-                commands.append(Close(group_id, epoch))
+            if now - run.touched_s > self.config.group_timeout_s:
+                is_awaited = run.is_awaited  # looks at every sibling
+                run.touched_s = now if is_awaited else math.inf  # until `admit` touches it again
+                if is_awaited:
+                    commands.append(Close(group_id, epoch))
         return commands
 
     def retire(self, group_id: str, index: int, state: State, num_tokens: int) -> Retired | None:

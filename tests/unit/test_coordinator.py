@@ -6,6 +6,7 @@ import pytest
 
 from sglang_deepprune.actions import Admission, End, Start
 from sglang_deepprune.group import State
+from sglang_deepprune.run import Run
 from sglang_deepprune.types import ABSENT, Close
 from tests.unit.coordinators import admit_lazy, coordinator, end, fill, step, verdict
 
@@ -100,6 +101,31 @@ def test_siblings_that_nobody_sends_are_not_waited_for_for_ever():
     for command in c.poll():
         c.apply(command)
     assert c.is_idle
+
+
+def test_a_group_that_is_complete_is_looked_at_once_for_whom_it_awaits(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A poll is a scheduler pass: to look at every sibling in each would grow with all groups."""
+    c = coordinator(preset="collect", group_timeout_s=10.0)
+    for index in (0, 1):
+        c.admit("g", index, 3, {}, 100)
+    looks: list[bool] = []
+
+    def look(run: Run) -> bool:
+        looks.append(any(s.state is State.EXPECTED for s in run.group.siblings.values()))
+        return looks[-1]
+
+    monkeypatch.setattr(Run, "is_awaited", property(look))
+    assert c.poll() == [] and not looks
+    c.clock.now = 11.0  # type: ignore[attr-defined]
+    (command,) = c.poll()
+    c.apply(command)
+    c.admit("g", 2, 3, {}, 100)
+    c.clock.now = 22.0  # type: ignore[attr-defined]
+    for _ in range(5):
+        assert c.poll() == []
+    assert looks == [True, False]
 
 
 def test_a_sibling_that_comes_after_its_group_gave_it_up_is_one_of_it_all_the_same():
