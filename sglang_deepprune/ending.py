@@ -3,14 +3,15 @@
 An answer stands at a trace's end, and to decode more than the end would cost a step: so TAIL_TOKENS
 are read. What stands there is an intermediate value if a thinking block is open around it, and the
 mark that opened or closed the block may lie far in front. It is looked for in the ids, where a mark
-is a token of its own (one walk over whole numbers, about a millisecond for 30,000 tokens); else in
+is a token of its own (set against runs of ids, about half a millisecond for 30,000 tokens); else in
 so much text as a step can spare, and only where the trace began with thinking.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sglang_deepprune.answers.reasoning import begins_mark, marks
@@ -20,6 +21,7 @@ TAIL_TOKENS = 2048
 TAIL_CHARS = 32_768  # a token may be a run of a hundred spaces
 _MARK_TOKENS = 16  # a mark at most, token by token
 _MOST_LOOKS = 16  # tokens that only look like a mark, decoded before the walk gives up
+_RUN_TOKENS = 1024  # walked one by one where a mark may stand among them
 _START_TOKENS = 64  # of a trace, in which a model opens its thinking
 _BLOCK_TOKENS = 2048
 _MOST_BLOCKS = 4  # decoded for a mark of several tokens, about 6 ms
@@ -81,15 +83,10 @@ class EndingReader:
     def _at(self, ids: Sequence[int], cut: int, starts_inside: bool) -> tuple[bool, int]:
         """Whether the thinking is open at `cut`; and where the mark that says so stands, or a place
         not far in front of it."""
-        looks = 0
-        for place in range(cut - 1, -1, -1) if self._mark_ids else ():
-            if ids[place] in self._mark_ids:
-                found = marks(self._decode(ids[place : place + _MARK_TOKENS]))
-                if found:
-                    return found[0], place
-                looks += 1
-                if looks == _MOST_LOOKS:
-                    break
+        for place in islice(self._places(ids, cut), _MOST_LOOKS):
+            found = marks(self._decode(ids[place : place + _MARK_TOKENS]))
+            if found:
+                return found[0], place
         is_inside, spelled = starts_inside, marks(self._decode(ids[:_START_TOKENS]))
         if spelled:
             is_inside = spelled[-1]
@@ -104,6 +101,16 @@ class EndingReader:
             if found:
                 return found[-1], start
         return True, 0
+
+    def _places(self, ids: Sequence[int], cut: int) -> Iterator[int]:
+        """Where a mark, or what may begin one, stands in front of `cut`: the last one first.
+
+        Many siblings may end in one step: Python itself walks only where there is something.
+        """
+        for end in range(cut, 0, -_RUN_TOKENS) if self._mark_ids else ():
+            start = max(0, end - _RUN_TOKENS)
+            if not self._mark_ids.isdisjoint(ids[start:end]):
+                yield from (i for i in range(end - 1, start - 1, -1) if ids[i] in self._mark_ids)
 
 
 def mark_ids_of(tokenizer: Any) -> frozenset[int]:

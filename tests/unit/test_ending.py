@@ -67,6 +67,26 @@ def test_a_mark_as_a_token_is_found_however_far_it_stands():
     assert answer([0] * 500 + [OPEN, *VERY_LONG, 6], is_cut=True) is None
 
 
+def test_a_long_trace_is_not_walked_token_by_token():
+    """Many siblings may end in one step, which all others wait for."""
+
+    class Ids(list[int]):
+        looks = 0
+
+        def __getitem__(self, place: Any) -> Any:
+            self.looks += isinstance(place, int)
+            return super().__getitem__(place)
+
+    reader = EndingReader(decode, MARKS)
+    ids = Ids([*VERY_LONG, CLOSE, *VERY_LONG, 7])
+    ending = reader.read(ids, starts_inside=True)
+    assert ending is not None and not ending.is_inside and ids.looks <= 1024
+    for place in range(2048):  # wherever in a run it stands
+        ids = Ids([OPEN, *[0] * place, CLOSE, *LONG])
+        assert reader._at(ids, place + 2, False) == (False, place + 1)
+        assert reader._at(ids, place + 1, False) == (True, 0)
+
+
 def test_a_channel_is_told_by_the_word_behind_it():
     assert answer([CHANNEL, 4, *LONG, 6], is_cut=True) is None
     assert answer([CHANNEL, 4, *LONG, CHANNEL, 5, *LONG, 7]) == "7"
