@@ -246,10 +246,10 @@ class _Run:
         self.spent_s += time.monotonic() - start
 
     def result(self) -> JudgeResult:
-        task, spent_ms = self.task, self.spent_s * 1e3
-        if self.error is not None:
-            return JudgeResult(task.group_id, task.epoch, elapsed_ms=spent_ms, error=self.error)
-        return JudgeResult(task.group_id, task.epoch, *self.placed, spent_ms)
+        task, placed = self.task, self.placed if self.error is None else ((), 0, 0)
+        return JudgeResult(
+            task.group_id, task.epoch, *placed, self.spent_s * 1e3, self.error, task.window
+        )
 
 
 def expected_tokens(task: JudgeTask) -> int:

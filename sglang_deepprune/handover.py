@@ -65,6 +65,7 @@ class Handover:
         if not fresh or run.in_flight or group.is_decided or group.is_released:
             return
         placed = [traces[index] for cluster in group.clusters for index in cluster]
+        group.windows += 1
         task = JudgeTask(
             group_id=group.group_id,
             epoch=group.epoch,
@@ -77,17 +78,17 @@ class Handover:
             seed=group.config.seed,
             compare=group.config.compare,
             compare_error=group.config.compare_error,
+            window=group.windows,
         )
         for index in fresh:
             group.siblings[index].is_submitted = True
         run.in_flight, run.asked_s = frozenset(fresh), self._clock()
-        group.windows += 1
         self._submit(task)
 
     def place(self, run: Run, result: JudgeResult) -> None:
         """A verdict: who belongs to whom."""
         group = run.group
-        if not run.in_flight or not run.in_flight.issuperset(s.sibling for s in result.assignments):
+        if not run.in_flight or result.window != group.windows:
             return  # placed already: a command may come twice, the next window being out or not
         run.in_flight = frozenset()
         if result.error is None:
@@ -113,7 +114,8 @@ class Handover:
         try:
             self.judge.submit(task)
         except OSError as error:
-            failed = JudgeResult(task.group_id, task.epoch, error=type(error).__name__)
+            reason = type(error).__name__
+            failed = JudgeResult(task.group_id, task.epoch, error=reason, window=task.window)
             self._failed.append(failed)
 
     # -- probes ------------------------------------------------------------------------------

@@ -316,7 +316,10 @@ class JudgeWorker:
         self._forgotten.clear()
 
     def _fail(self, tasks: Iterable[JudgeTask], reason: str) -> None:
-        self._done += [JudgeResult(task.group_id, task.epoch, error=reason) for task in tasks]
+        self._done += [
+            JudgeResult(task.group_id, task.epoch, error=reason, window=task.window)
+            for task in tasks
+        ]
 
     def _warn(self, failure: Failure, reason: str) -> None:
         """Counted each time, logged once a kind (and error of a task), so that a judge that fails
@@ -336,7 +339,8 @@ def _is_answer(results: object, batch: list[JudgeTask]) -> TypeGuard[list[JudgeR
         and len(results) <= len(batch)
         and all(
             isinstance(result, JudgeResult)
-            and (result.group_id, result.epoch) == (task.group_id, task.epoch)
+            and (result.group_id, result.epoch, result.window)
+            == (task.group_id, task.epoch, task.window)
             for result, task in zip(results, batch, strict=False)
         )
     )

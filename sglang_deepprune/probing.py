@@ -191,7 +191,7 @@ class ProbeDesk:
         gated = tuple(t.sibling for t in traces if t.reading is None and t.answer is None)
         if not sure:
             left_out = tuple(Assignment(one, ABSENT, math.nan) for one in gated)
-            self._done.append(JudgeResult(task.group_id, task.epoch, left_out))
+            self._done.append(JudgeResult(task.group_id, task.epoch, left_out, window=task.window))
             return
         members = tuple(replace(one, reading=known.get(one.sibling)) for one in task.members)
         self._gated[task.group_id] = gated

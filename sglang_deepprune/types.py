@@ -74,6 +74,7 @@ class JudgeTask:
     seed: int
     compare: str = "full"  # "full" | "sequential" | "exclusive": how many members are asked
     compare_error: float = 0.0  # of the latter two
+    window: int = 0  # of the group's: its result bears the same number
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class JudgeResult:
     num_tokens: int = 0  # tokens of the texts that it read, per pair as read
     elapsed_ms: float = 0.0
     error: str | None = None
+    window: int = 0  # the task's
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,9 +81,10 @@ def end(c: Coordinator, index: int, last: int, gid: str = "g") -> list[Action]:
 
 
 def verdict(c: Coordinator, *places: tuple[int, int], gid: str = "g", epoch: int | None = None):
-    epoch = c.runs[gid].group.epoch if epoch is None else epoch
+    group = c.runs[gid].group
+    epoch = group.epoch if epoch is None else epoch
     placed = tuple(Assignment(s, k, math.nan if k == ABSENT else 0.9) for s, k in places)
-    return JudgeResult(gid, epoch, placed, 3, 30, 1.5)
+    return JudgeResult(gid, epoch, placed, 3, 30, 1.5, window=group.windows)
 
 
 def admit_lazy(c: Coordinator, size: int, gid: str = "g", **settings: Any) -> list[bool]:

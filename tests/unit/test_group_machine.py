@@ -413,10 +413,12 @@ class Ranks(RuleBasedStateMachine):
             return np.array(values, dtype=np.float32)
 
         if kind == "raise":
-            result = JudgeResult(task.group_id, task.epoch, error="told to")
+            result = JudgeResult(task.group_id, task.epoch, error="told to", window=task.window)
         else:
             placed, pairs, tokens = place(task, score)
-            result = JudgeResult(task.group_id, task.epoch, placed, pairs, tokens, 1.0)
+            result = JudgeResult(
+                task.group_id, task.epoch, placed, pairs, tokens, 1.0, window=task.window
+            )
         self.judge.results.append(result)
 
     @precondition(lambda self: self.leader.config.judge != "none" and self.has(QUEUED, RUNNING))

@@ -74,7 +74,7 @@ def test_a_failed_verdict_prunes_nothing_and_the_next_window_goes_on():
     fill(c, 3)
     for length in range(1, 5):
         step(c, [0, 1], length)
-    failed = JudgeResult("g", c.runs["g"].group.epoch, error="no verdict")
+    failed = JudgeResult("g", c.runs["g"].group.epoch, error="no verdict", window=1)
     assert c.apply(failed) == []
     for length in range(5, 9):
         step(c, [0, 1, 2], length)
@@ -105,6 +105,21 @@ def test_a_command_that_comes_again_while_the_next_window_is_out_counts_once():
     assert c.runs["g"].group.clusters == [[0, 1]] and c.runs["g"].in_flight == {2, 3}
     c.apply(verdict(c, (2, 0), (3, 1)))
     assert c.runs["g"].group.clusters == [[0, 1, 2], [3]]
+
+
+def test_a_failure_that_comes_again_while_the_next_window_is_out_leaves_that_alone():
+    c = coordinator(preset="paper", cut="tokens", k2=4)
+    fill(c, 4)
+    for length in range(1, 5):
+        step(c, [0, 1], length)
+    failed = JudgeResult("g", c.runs["g"].group.epoch, error="no verdict", window=1)
+    c.apply(failed)
+    for length in range(5, 9):
+        step(c, [0, 1, 2, 3], length)
+    c.apply(failed)
+    assert c.runs["g"].in_flight == {2, 3}
+    c.apply(verdict(c, (2, 0), (3, 1)))
+    assert c.runs["g"].group.clusters == [[2], [3]]
 
 
 def test_one_step_cuts_a_few_traces_and_the_next_ones_go_on():

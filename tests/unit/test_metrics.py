@@ -171,7 +171,8 @@ def test_no_verdict_has_no_latency():
     fill(c, 3)
     for length in range(1, 5):
         step(c, [0, 1, 2], length)
-    c.apply(JudgeResult("g", c.runs["g"].group.epoch, error="it raised"))
+    c.apply(JudgeResult("g", c.runs["g"].group.epoch, error="it raised", window=1))
+    assert not c.runs["g"].in_flight
     assert not tally.seen
 
 

@@ -45,9 +45,9 @@ class InlineWorker:
     def poll(self) -> list[JudgeResult]:
         tasks, self.tasks = self.tasks, []
         if self.is_failing:
-            return [JudgeResult(task.group_id, task.epoch, error="down") for task in tasks]
+            return [JudgeResult(t.group_id, t.epoch, error="down", window=t.window) for t in tasks]
         score = ProbeJudge().score
-        return [JudgeResult(t.group_id, t.epoch, *place(t, score)) for t in tasks]
+        return [JudgeResult(t.group_id, t.epoch, *place(t, score), window=t.window) for t in tasks]
 
     def drop(self, group_id: str) -> None:
         self.dropped.append(group_id)
