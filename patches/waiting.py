@@ -23,6 +23,7 @@ class WaitingRoom:
         self.held: dict[str, Any] = {}  # rid -> Req
         self._arrivals = 0
         self._is_shown = False
+        self._last = 0  # where in SGLang's queue somebody was put last
 
     def stamp(self, req: Any, order: int | None = None) -> int:
         """Give a request its place in the order of arrival; siblings share their group's.
@@ -94,9 +95,12 @@ class WaitingRoom:
         waiting = self.scheduler.waiting_queue
         if self._is_shown and any(req is other for other in waiting):
             return  # a fault while SGLang walks this very list: it stays where it is
-        order = getattr(req, _ORDER, 0)
-        later = (i for i, other in enumerate(waiting) if getattr(other, _ORDER, 0) > order)
-        waiting.insert(next(later, len(waiting)), req)
+        order, last, start = _order(req), self._last, 0
+        if last < len(waiting) and _order(waiting[last]) == order:
+            start = last + 1  # a group's siblings start in a row: nobody in front of one is later
+        later = (i for i in range(start, len(waiting)) if _order(waiting[i]) > order)
+        self._last = next(later, len(waiting))
+        waiting.insert(self._last, req)
 
     def requeue(self, req: Any) -> None:
         """SGLang has put a retracted sibling at the end of its queue: to its group's place."""
@@ -104,3 +108,7 @@ class WaitingRoom:
         if waiting and waiting[-1] is req:
             waiting.pop()
             self.queue(req)
+
+
+def _order(req: Any) -> int:
+    return int(getattr(req, _ORDER, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,47 @@ def test_siblings_of_one_group_keep_their_order() -> None:
         own.stamp(one, order)
         own.queue(one)
     assert rids(own) == ["b", "c"]
+
+
+def test_siblings_that_start_in_a_row_do_not_walk_the_queue_each() -> None:
+    """Thousands may be released at once, and the scheduler's loop is everybody's."""
+
+    class Counted(list[Any]):
+        looks = 0
+
+        def __getitem__(self, place: Any) -> Any:
+            self.looks += 1
+            return super().__getitem__(place)
+
+        def __iter__(self) -> Iterator[Any]:
+            self.looks += len(self)
+            return super().__iter__()
+
+    own = room("older")
+    own.scheduler.waiting_queue = queue = Counted(own.scheduler.waiting_queue)
+    order, later = own.stamp(request("first")), request("later")
+    own.stamp(later)
+    queue.append(later)
+    names = [f"sibling {number}" for number in range(500)]
+    for name in names:
+        one = request(name)
+        own.stamp(one, order)
+        own.queue(one)
+    assert queue.looks <= 3 * len(names) + 3
+    assert rids(own) == ["older", *names, "later"]
+
+
+def test_the_place_of_another_group_is_no_place_to_start_from() -> None:
+    own = room("older")
+    first, second = (own.stamp(request(name)) for name in ("first group", "second group"))
+    for name, order in (("c", second), ("a", first), ("d", second), ("b", first)):
+        one = request(name)
+        own.stamp(one, order)
+        own.queue(one)
+    assert rids(own) == ["older", "a", "b", "c", "d"]
+    own.scheduler.waiting_queue.clear()  # all were prefilled
+    own.queue(one)
+    assert rids(own) == ["b"]
 
 
 def test_what_sglang_drops_while_it_looks_is_held_no_more() -> None:
