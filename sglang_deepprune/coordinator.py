@@ -143,9 +143,8 @@ class Coordinator:
         sibling = group.siblings.setdefault(index, Sibling(index))
         if sibling.state.is_end:
             sibling.state, sibling.is_given_up = State.EXPECTED, False  # and here it is
-        is_full = group.num_started >= policy.width(group)
         if sibling.state is State.EXPECTED:
-            sibling.state = State.HELD if is_full else State.QUEUED
+            sibling.state = State.HELD if policy.is_full(group) else State.QUEUED
         if sibling.doom is not None or group.is_decided:
             sibling.doom = State.NOT_STARTED
             return Admission(index, end=State.NOT_STARTED)

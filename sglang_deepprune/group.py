@@ -118,13 +118,15 @@ class Group:
     @property
     def num_voted(self) -> int:
         """Ballots in, abstentions included."""
-        return sum(sibling.has_voted for sibling in self.siblings.values())
+        return self.tally.num_votes
 
     @property
     def mean_length(self) -> float:
         """Mean tokens of the siblings that have voted; 0 before the first vote."""
+        if not self.num_voted:
+            return 0.0
         lengths = [sibling.num_tokens for sibling in self.siblings.values() if sibling.has_voted]
-        return sum(lengths) / len(lengths) if lengths else 0.0
+        return sum(lengths) / len(lengths)
 
     @property
     def is_over(self) -> bool:

@@ -20,6 +20,7 @@ import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from sglang_deepprune import tau
 from sglang_deepprune.group import Group, Sibling, State
@@ -68,6 +69,16 @@ def width(group: Group) -> int:
     length = group.mean_length
     aged = max(0.0, group.steps / length - AGED) if length else 0.0
     return config.base + int(config.base * config.widen * aged)
+
+
+def is_full(group: Group) -> bool:
+    """As many siblings are started as `width` allows. Counts no further than it must: all of a
+    group's siblings come one by one, and each one asks."""
+    room = width(group)
+    if room > len(group.siblings):
+        return False
+    started = (sibling for sibling in group.siblings.values() if sibling.is_started)
+    return sum(1 for _ in islice(started, room)) == room
 
 
 def plan_claims(group: Group, stopped: Sequence[int] = ()) -> int:

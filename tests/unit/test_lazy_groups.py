@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sglang_deepprune.actions import Start, Stop
-from sglang_deepprune.group import State
+from sglang_deepprune.group import Sibling, State
 from tests.unit.coordinators import admit_lazy, coordinator, end
 
 
@@ -13,6 +15,24 @@ def test_a_lazy_group_starts_its_base_and_each_undecided_vote_claims_one_more():
     assert end(c, 0, 1) == [Start("g", 4)]
     assert end(c, 2, 2) == [Start("g", 5)]
     assert c.runs["g"].group.num_started == 4
+
+
+def test_who_arrives_at_a_full_group_does_not_have_all_the_others_counted(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A group of thousands arrives in one pass: to count it for each would stop the loop."""
+    c, looks = coordinator(widen=0.0), []
+    is_started = Sibling.is_started
+
+    def look(sibling: Sibling) -> bool:
+        looks.append(sibling.index)
+        return bool(is_started.fget(sibling))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Sibling, "is_started", property(look))
+    assert admit_lazy(c, 300) == [False] * 4 + [True] * 296
+    assert len(looks) <= 2 * 4 * 300
+    looks.clear()
+    assert admit_lazy(c, 300, "eager", admission="eager") == [False] * 300 and not looks
 
 
 def test_a_decided_lazy_group_ends_its_held_siblings_as_never_started():
