@@ -64,7 +64,7 @@ class Sibling:
     @property
     def is_started(self) -> bool:
         """Queued or running, with its vote still to come."""
-        return self.is_live and not self.has_voted and self.state in _STARTED
+        return self.state in _STARTED and self.doom is None and not self.has_voted
 
 
 @dataclass(slots=True)
@@ -131,7 +131,7 @@ class Group:
     @property
     def is_over(self) -> bool:
         """Every sibling has reached its end state."""
-        return all(sibling.state.is_end for sibling in self.siblings.values())
+        return not any(sibling.state in _LIVE for sibling in self.siblings.values())
 
     @property
     def generated_tokens(self) -> int:

@@ -156,8 +156,7 @@ def top_votes(group: Group) -> tuple[int, int]:
     While the answer fence still has to say whether some answers are the same, all the others count
     as one runner-up: they may turn out to be.
     """
-    votes = sorted((len(count.siblings) for count in group.tally.counts()), reverse=True)
-    first, *others = votes or [0]
+    first, *others = group.tally.votes() or [0]
     return first, max(others, default=0) if group.tally.is_settled else sum(others)
 
 
@@ -196,8 +195,8 @@ def is_hopeless(group: Group) -> bool:
 
 def is_open_ended(group: Group) -> bool:
     """The first finishers hold no answer: a poem, a chat. There is nothing to vote on."""
-    ballots = [sibling.answer for sibling in group.siblings.values() if sibling.has_voted]
-    return len(ballots) >= OPEN_ENDED_VOTES and all(answer is None for answer in ballots)
+    tally = group.tally
+    return OPEN_ENDED_VOTES <= tally.num_votes == tally.num_abstentions
 
 
 def plan_deepprune(group: Group, in_flight: frozenset[int] = frozenset()) -> Plan:
@@ -302,8 +301,10 @@ def _is_running(sibling: Sibling) -> bool:
 
 
 def _may_vote(sibling: Sibling) -> bool:
+    if sibling.has_voted:
+        return False
     is_finished = sibling.state is State.FINISHED and sibling.doom is None
-    return not sibling.has_voted and (sibling.is_live or is_finished)
+    return sibling.is_live or is_finished
 
 
 def _may_answer(sibling: Sibling) -> bool:

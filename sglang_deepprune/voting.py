@@ -172,6 +172,14 @@ class Tally:
         """Nobody waits for the open questions any longer: their classes stay apart."""
         self._open.clear()
 
+    def votes(self) -> list[int]:
+        """Ballots of each class, most first: all that many a caller wants, and cheaper."""
+        sizes: dict[int, int] = {}
+        for index, ballots in enumerate(self._ballots):
+            root = self._root(index)
+            sizes[root] = sizes.get(root, 0) + len(ballots)
+        return sorted(sizes.values(), reverse=True)
+
     def counts(self) -> list[Standing]:
         """All classes, best first by the rule of the vote."""
         members: dict[int, list[Ballot]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +56,16 @@ def leave_out(group: Group, *indices: int) -> None:
 def lose_verdict(group: Group, *indices: int) -> None:
     for index in indices:
         group.siblings[index].is_submitted = True
+
+
+def test_a_plan_asks_the_tally_for_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made at each vote: to sort and to name all ballots then would cost their square."""
+    group = make_group(64, preset="faithful", give_up_votes=8)
+    for index in range(20):
+        vote(group, index, str(index % 3))
+    wanted = policy.plan(group)
+    monkeypatch.setattr(Tally, "counts", None)
+    assert policy.plan(group) == wanted and not wanted.decided
 
 
 def test_three_equal_answers_of_sixteen_stop_all_the_others() -> None:

@@ -133,6 +133,7 @@ def test_order_of_proofs_does_not_matter(order: list[tuple[int, int]], proven: s
     for pair in order:
         counted.resolve(*pair, pairs.index(pair) in proven)
     assert counted.counts() == wanted.counts()
+    assert counted.votes() == [len(standing.siblings) for standing in counted.counts()]
 
 
 @given(st.lists(st.booleans(), min_size=6, max_size=6), st.integers(2, 4))
