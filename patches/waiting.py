@@ -44,14 +44,15 @@ class WaitingRoom:
             return
         scheduler, self._is_shown = self.scheduler, True
         before = scheduler.waiting_queue
-        scheduler.waiting_queue = shown = [*before, *self.held.values()]
-        size, last = len(shown), shown[-1]
+        scheduler.waiting_queue = [*before, *self.held.values()]
         try:
             yield
         finally:
             queue, held = scheduler.waiting_queue, self.held
-            if queue is shown and len(queue) == size and queue[-1] is last:
-                scheduler.waiting_queue = before  # it only looked, as nearly always
+            if queue == [*before, *held.values()]:
+                # It only looked, as nearly always, or whom it dropped has left (`take`) already: n
+                # aborts, one by one, do not rebuild both n times.
+                scheduler.waiting_queue = before
             else:
                 self.held = {req.rid: req for req in queue if req.rid in held}
                 scheduler.waiting_queue = [req for req in queue if req.rid not in held]

@@ -97,6 +97,31 @@ def test_what_sglang_drops_while_it_looks_is_held_no_more() -> None:
     assert rids(own) == ["w", "new"] and list(own.held) == ["b"]
 
 
+def test_an_abort_of_a_held_sibling_rebuilds_nothing() -> None:
+    """A client that leaves aborts n of them one by one."""
+    own = room("w")
+    reqs = [request(rid) for rid in "abc"]
+    for one in reqs:
+        own.hold(one)
+    queue, held = own.scheduler.waiting_queue, own.held
+    with own.shown():
+        own.take(own.scheduler.waiting_queue.pop(2))
+    assert own.scheduler.waiting_queue is queue and rids(own) == ["w"]
+    assert own.held is held and list(held) == ["a", "c"]
+
+
+def test_who_is_let_go_while_sglang_looks_stays_in_its_queue() -> None:
+    """A fault of ours meanwhile: its group is plain sampling from here."""
+    own = room("w")
+    first, second = request("a"), request("b")
+    own.hold(first)
+    own.hold(second)
+    with own.shown():
+        own.take(first)
+        own.queue(first)
+    assert rids(own) == ["w", "a"] and list(own.held) == ["b"]
+
+
 def test_one_dropped_and_one_added_is_no_mere_look() -> None:
     own = room("w")
     for rid in "ab":
