@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--branches", help="recorded branches")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--traces", help="recorded texts, JSONL or .gz")
-    parser.add_argument("--judge", default="belief", help="of --traces: NAME[:PATH]")
+    parser.add_argument("--judge", default="trigrams", help="of --traces: NAME[:PATH]")
     parser.add_argument("--cut", default="words:25", help="of --traces")
     parser.add_argument("--tau", type=float, nargs="+", default=[0.5, 0.75])
     parser.add_argument("--questions", type=int, default=0, help="of --traces: the first N; 0: all")
