@@ -73,10 +73,7 @@ def add_request_to_queue(
         if ours.coordinator.is_idle or is_retracted or req.is_retracted:
             return original(self, req, is_retracted)
         ours.room.stamp(req)
-        # Who is held for want of a claim, and not of a row, stands in nobody's way.
-        if self.get_num_allocatable_reqs(len(self.running_batch.reqs)) > 0:
-            return original(self, req, is_retracted)
-        with ours.room.counted():
+        with ours.room.counted(req):
             return original(self, req, is_retracted)
     arrival = ours.guard(ours.arrivals.arrive, req)
     if arrival is Arrival.DONE:
@@ -86,7 +83,7 @@ def add_request_to_queue(
             original(self, req, is_retracted)
         ours.guard(ours.room.requeue, req)
         return None
-    with ours.room.counted():
+    with ours.room.counted(req):
         original(self, req, is_retracted)
     if arrival is Arrival.IS_HELD:
         ours.guard(ours.room.hold_last, req)

@@ -8,7 +8,7 @@ they take their group's place in the queue, not its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,35 +37,47 @@ class WaitingRoom:
         return order
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """SGLang's waiting queue with the held ones at its end; those it drops are held no more."""
-        if not self.held or self._is_shown:
+    def shown(self, some: Sequence[Any] | None = None) -> Iterator[None]:
+        """SGLang's waiting queue with the held ones, or `some` of them, at its end; those it drops
+        are held no more."""
+        added = list(self.held.values()) if some is None else some
+        if not added or self._is_shown:
             yield
             return
         scheduler, self._is_shown = self.scheduler, True
         before = scheduler.waiting_queue
-        scheduler.waiting_queue = [*before, *self.held.values()]
+        scheduler.waiting_queue = [*before, *added]
         try:
             yield
         finally:
             queue, held = scheduler.waiting_queue, self.held
-            if queue == [*before, *held.values()]:
+            if queue == [*before, *(req for req in added if held.get(req.rid) is req)]:
                 # It only looked, as nearly always, or whom it dropped has left (`take`) already: n
                 # aborts, one by one, do not rebuild both n times.
                 scheduler.waiting_queue = before
             else:
-                self.held = {req.rid: req for req in queue if req.rid in held}
-                scheduler.waiting_queue = [req for req in queue if req.rid not in held]
+                left = {id(req) for req in queue}
+                for req in added:
+                    if id(req) not in left:
+                        held.pop(req.rid, None)
+                scheduler.waiting_queue = [req for req in queue if held.get(req.rid) is not req]
             self._is_shown = False
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """In sight where the queue has a limit; else nothing looks, and n arrivals cost n."""
-        if self.scheduler.max_queued_requests is None:
+    def counted(self, req: Any) -> Iterator[None]:
+        """`req` arrives, and the queue's limit counts whoever waits for a row: all that are held
+        once no row is free. Before that they wait for a claim, and only the arrival's own siblings
+        count, as far as they are more than the free rows. Without a limit nothing looks."""
+        scheduler = self.scheduler
+        if scheduler.max_queued_requests is None or not self.held:
             yield
             return
-        with self.shown():
+        free = scheduler.get_num_allocatable_reqs(len(scheduler.running_batch.reqs))
+        with self.shown(self._siblings_of(req)[free:] if free > 0 else None):
             yield
+
+    def _siblings_of(self, req: Any) -> list[Any]:
+        return [one for one in self.held.values() if _order(one) == _order(req)]
 
     def hold(self, req: Any) -> None:
         self.held[req.rid] = req

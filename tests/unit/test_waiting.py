@@ -13,9 +13,12 @@ def request(rid: str) -> Any:
     return SimpleNamespace(rid=rid)
 
 
-def room(*rids: str) -> WaitingRoom:
-    queue = [request(rid) for rid in rids]
-    return WaitingRoom(SimpleNamespace(waiting_queue=queue, max_queued_requests=7))
+def room(*rids: str, free: int = 0) -> WaitingRoom:
+    scheduler = SimpleNamespace(
+        waiting_queue=[request(rid) for rid in rids], max_queued_requests=7,
+        running_batch=SimpleNamespace(reqs=[]), get_num_allocatable_reqs=lambda running: free,
+    )  # fmt: skip
+    return WaitingRoom(scheduler)
 
 
 def rids(room: WaitingRoom) -> list[str]:
@@ -144,11 +147,29 @@ def test_a_mere_look_leaves_the_queue_as_it_was() -> None:
 def test_without_a_limit_an_arrival_sees_nobody() -> None:
     own = room("w")
     own.hold(request("a"))
-    with own.counted():
+    with own.counted(request("new")):
         assert rids(own) == ["w", "a"]
     own.scheduler.max_queued_requests = None
-    with own.counted():
+    with own.counted(request("new")):
         assert rids(own) == ["w"]
+
+
+def test_while_rows_are_free_an_arrival_sees_its_own_siblings_beyond_them() -> None:
+    own = room("w", free=2)
+    orders = {group: own.stamp(request(group)) for group in "ab"}
+    for group, index in ("a", 1), ("b", 1), ("b", 2), ("b", 3):
+        sibling = request(f"{group}{index}")
+        own.stamp(sibling, orders[group])
+        own.hold(sibling)
+    arrival, stranger = request("b4"), request("stranger")
+    own.stamp(arrival, orders["b"])
+    own.stamp(stranger)
+    with own.counted(stranger):
+        assert rids(own) == ["w"]
+    with own.counted(arrival):
+        assert rids(own) == ["w", "b3"]
+        own.scheduler.waiting_queue[1:] = [arrival]  # what SGLang may do to those in sight
+    assert list(own.held) == ["a1", "b1", "b2"] and rids(own) == ["w", "b4"]
 
 
 def test_a_refused_request_is_not_held() -> None:
