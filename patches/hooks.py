@@ -129,10 +129,12 @@ def get_internal_state(result: Any, self: Any, *args: Any, **kwargs: Any) -> Non
 
 def abort_on_waiting_timeout(original: Callable[..., Any], self: Any) -> Any:
     """AROUND `Scheduler._abort_on_waiting_timeout`. SGLang comes by in every pass, and looks at its
-    queue only where the time-out is set."""
-    if envs.SGLANG_REQ_WAITING_TIMEOUT.get() > 0:
-        return with_held(original, self)
-    return original(self)
+    queue only where the time-out is set. Who is held waits by design, not for want of room."""
+    ours = _engine
+    if ours is None or not ours.live or envs.SGLANG_REQ_WAITING_TIMEOUT.get() <= 0:
+        return original(self)
+    with ours.room.since_claimed():
+        return original(self)
 
 
 def is_fully_idle(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +149,8 @@ def is_fully_idle(original: Callable[..., Any], self: Any, *args: Any, **kwargs:
 
 
 def poll_timeout_aborts(original: Callable[..., Any], self: Any) -> Any:
-    """AROUND `Scheduler._poll_timeout_aborts`: held siblings time out as queued ones do."""
+    """AROUND `Scheduler._poll_timeout_aborts`: a sibling's waiting time-out counts from its
+    claim."""
     aborts = abort_on_waiting_timeout(original, self)
     return poll_commands(aborts, self) or aborts
 

@@ -247,8 +247,6 @@ def _parse(report: Report, argv: Sequence[str]) -> argparse.Namespace | None:
 
 
 def _modes(report: Report, args: argparse.Namespace) -> bool:
-    from sglang.srt.environ import envs
-
     from sglang_deepprune.patches.server_args import refusals
 
     refused = refusals(args)
@@ -258,11 +256,6 @@ def _modes(report: Report, args: argparse.Namespace) -> bool:
         report("mode", "warning", f"not tested with the plugin: {one}")
     if not refused:
         report("mode", "ok", "nothing in the environment or the flags is refused")
-    if envs.SGLANG_REQ_WAITING_TIMEOUT.get() > 0:
-        report(
-            "mode", "note",
-            "SGLANG_REQ_WAITING_TIMEOUT counts for siblings that wait within their group, too",
-        )  # fmt: skip
     return not refused
 
 

@@ -1,18 +1,21 @@
 """The siblings that wait within their group: in no SGLang queue, without a row, without KV.
 
 Whatever SGLang does to a request that waits must reach them too: aborts by rid, prefix or all, the
-waiting time-out, the queue limit, priority, idle checks, load reports. So while SGLang looks at its
-queue for one of these, they are in it (`shown`), and its own code does the rest. When they start,
-they take their group's place in the queue, not its end.
+queue limit, priority, idle checks, load reports. So while SGLang looks at its queue for one of
+these, they are in it (`shown`), and its own code does the rest. Not so the waiting time-out, which
+is about want of room: it begins when they are claimed. When they start, they take their group's
+place in the queue, not its end.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 _ORDER = "_deepprune_order"  # attribute of a Req: its place in the order of arrival
+_CLAIMED = "_deepprune_claimed"  # attribute of a Req: the clock when it was last held no more
 
 
 class WaitingRoom:
@@ -90,6 +93,22 @@ class WaitingRoom:
             self.hold(req)
 
     @contextmanager
+    def since_claimed(self) -> Iterator[None]:
+        """Siblings in SGLang's queue wait since their claim. For the time-out alone: they keep
+        their clock, by which SGLang orders requests of one priority."""
+        moved = []
+        for req in self.scheduler.waiting_queue:
+            stats, claimed = req.time_stats, getattr(req, _CLAIMED, 0.0)
+            if claimed > stats.wait_queue_entry_time:
+                moved.append((stats, stats.wait_queue_entry_time))
+                stats.wait_queue_entry_time = claimed
+        try:
+            yield
+        finally:
+            for stats, entry in moved:
+                stats.wait_queue_entry_time = entry
+
+    @contextmanager
     def unlimited(self) -> Iterator[None]:
         """No request that was admitted once is refused for the queue's limit."""
         scheduler = self.scheduler
@@ -101,7 +120,10 @@ class WaitingRoom:
 
     def take(self, req: Any) -> bool:
         """The request is held no more. False: it was not."""
-        return self.held.pop(req.rid, None) is not None
+        if self.held.pop(req.rid, None) is None:
+            return False
+        setattr(req, _CLAIMED, time.perf_counter())
+        return True
 
     def queue(self, req: Any) -> None:
         """Into SGLang's waiting queue, in front of everything that arrived after its group."""

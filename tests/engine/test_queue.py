@@ -1,4 +1,5 @@
-"""What SGLang's queue does to its requests reaches held siblings: its limit, its time-out."""
+"""What SGLang's queue does to its requests and held siblings: its limit reaches them, its time-out
+those that are claimed."""
 
 from __future__ import annotations
 
@@ -43,11 +44,23 @@ def test_held_siblings_count_for_the_queue_limit_at_arrival_and_never_later(tiny
 
 
 @pytest.mark.modes
-def test_held_siblings_time_out_as_queued_ones_do(tiny, scripts_env):
+def test_held_siblings_do_not_time_out_and_claimed_ones_do(tiny, scripts_env):
     env = {**scripts_env, "SGLANG_REQ_WAITING_TIMEOUT": "1"}
-    with Server(tiny, *COMMON, *MARKER, "--deepprune-fill", "0", env=env) as server:
-        body = body_of(60)
+    flags = ("--deepprune-fill", "0", "--max-running-requests", "1")
+    with Server(tiny, *COMMON, *MARKER, *flags, env=env) as server:
+        body = body_of(4)
         body["sampling_params"]["custom_params"]["deepprune"]["eps"] = 0.0
+        start = time.monotonic()
+        reply = server.post("/generate", body, timeout_s=120)
+        assert time.monotonic() - start > 2, (
+            "the last one must be held for longer than the time-out"
+        )
+        assert reply.status_code == 200 and states(reply.json()) == ["finished"] * 4
+        server.wait_idle()
+        # With a claim on two rows where there is one, the second waits for room.
+        body = body_of(2)
+        body["sampling_params"].update(max_new_tokens=1500, ignore_eos=True)
+        body["sampling_params"]["custom_params"]["deepprune"] = {"preset": "latency"}
         reply = server.post("/generate", body, timeout_s=60)
         assert reply.status_code == 503 and "timeout" in reply.text
         server.wait_idle()

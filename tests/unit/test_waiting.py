@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +171,26 @@ def test_while_rows_are_free_an_arrival_sees_its_own_siblings_beyond_them() -> N
         assert rids(own) == ["w", "b3"]
         own.scheduler.waiting_queue[1:] = [arrival]  # what SGLang may do to those in sight
     assert list(own.held) == ["a1", "b1", "b2"] and rids(own) == ["w", "b4"]
+
+
+def test_a_siblings_time_out_counts_from_its_claim() -> None:
+    own = room("stranger")
+    stranger, claimed, held = own.scheduler.waiting_queue[0], request("claimed"), request("held")
+    for one in stranger, claimed, held:
+        one.time_stats = SimpleNamespace(wait_queue_entry_time=1.0)
+    own.hold(claimed)
+    own.hold(held)
+    before = time.perf_counter()
+    assert own.take(claimed) and not own.take(stranger)
+    own.queue(claimed)
+    with own.since_claimed():
+        assert rids(own) == ["stranger", "claimed"]
+        assert stranger.time_stats.wait_queue_entry_time == 1.0
+        assert claimed.time_stats.wait_queue_entry_time >= before
+    assert claimed.time_stats.wait_queue_entry_time == 1.0, "SGLang's order is by this clock"
+    claimed.time_stats.wait_queue_entry_time = later = time.perf_counter()  # retracted
+    with own.since_claimed():
+        assert claimed.time_stats.wait_queue_entry_time == later
 
 
 def test_a_refused_request_is_not_held() -> None:
