@@ -3,8 +3,8 @@
 SGLang retracts whoever has generated least (`ScheduleBatch.retract_decode`), a stranger as soon as
 a sibling. Before it comes to that, in this order: probes end; extras give their rows back; of a
 group over its fair share of the rows, a sibling that a judge found redundant is pruned, else the
-youngest one goes back to its group. Never anybody of a group within its share, never the last one
-of a group. All ranks see the same rows and act alike.
+youngest one goes back to its group, which claims it again once there is room. Never anybody of a
+group within its share, never the last one of a group. All ranks see the same rows and act alike.
 """
 
 from __future__ import annotations
@@ -85,4 +85,15 @@ class Pressure:
         self.engine.rows.release(batch, [own[index]])
         if redundant is not None:
             self.engine.prune(fattest, index)
+        else:
+            self._claim_again(fattest, batch)
         return True
+
+    def _claim_again(self, group_id: str, batch: Any) -> None:
+        """A group that has fallen below its claim queues for its room again. SGLang's estimate of
+        what running requests will still need is raised as after a retraction of its own: else it
+        would admit the sibling in the next pass, and we shed it in the one after."""
+        tracker = self.engine.scheduler.new_token_ratio_tracker
+        estimate = tracker.estimate_new_token_ratio_after_retract(batch.reqs)
+        tracker.current = max(tracker.current, estimate)
+        self.engine.replan_soon(group_id)

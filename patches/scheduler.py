@@ -65,7 +65,7 @@ class Engine:
         self.pressure = Pressure(self)
         self.probes = Probes(self)
         self.num_retracted = 0  # siblings that SGLang retracted
-        self._lost: set[str] = set()  # groups that lost siblings to an abort, not replanned yet
+        self._lost: set[str] = set()  # groups that lost siblings or rows, not replanned yet
         self._faults: set[str] = set()
         self.at = ""  # the group that a guarded step is at
 
@@ -313,7 +313,11 @@ class Engine:
     def wake(self, group_id: str) -> None:
         """No group is ever asleep: with nothing started and somebody held it is replanned."""
         if self.coordinator.is_asleep(group_id):
-            self._lost.add(group_id)
+            self.replan_soon(group_id)
+
+    def replan_soon(self, group_id: str) -> None:
+        """At the next safe point: it has lost a sibling, for good or from its row."""
+        self._lost.add(group_id)
 
     def after_admission(self, planned: Any, batch: Any) -> None:
         """Nothing runs and nobody was admitted although somebody waits: our locks may be why."""

@@ -69,9 +69,10 @@ def test_a_group_over_its_share_gives_way_to_a_stranger(tight: Server):
     # It comes last and has least when the pool is full: the one that SGLang would retract.
     stranger = tight.generate("a stranger", max_new_tokens=300, ignore_eos=True, temperature=0.0)
     assert stranger["meta_info"]["completion_tokens"] == 300
+    assert tight.log.count("Retract requests") == retracted  # nobody had to be so far
     thread.join()
-    assert counts(tight)["relieved"] > before
-    assert tight.log.count("Retract requests") == retracted  # nobody had to be
+    # Whoever gave way queues for room again, and not for a step or two at a time.
+    assert before < counts(tight)["relieved"] < before + 50
     outputs = replies[0].json()
     assert states(outputs) == ["finished"] * 8
     for index, output in enumerate(outputs):  # sent back and started again, to the same text
