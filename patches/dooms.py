@@ -50,7 +50,8 @@ class Dooms:
     def weigh_doomed(self, batch: Any) -> None:
         """Right before SGLang ends them: the KV that each of them will give back."""
         for req in batch.reqs:
-            if req.rid in self.slots and req.skip_radix_cache_insert:
+            is_doomed = req.rid in self.slots and self.engine.live_of(req) is not None
+            if is_doomed and req.skip_radix_cache_insert:
                 self.weigh(req)
 
     def weigh(self, req: Any) -> None:

@@ -141,7 +141,7 @@ def is_fully_idle(original: Callable[..., Any], self: Any, *args: Any, **kwargs:
     """AROUND `Scheduler.is_fully_idle`. A paused server asks before it flushes the tree, whoever
     waits: our locks would outlive their nodes."""
     ours = _engine
-    if ours is not None and kwargs.get("ignore_waiting"):
+    if ours is not None and kwargs.get("ignore_waiting", args[1] if len(args) > 1 else False):
         ours.guard(ours.prefixes.let_go_all)
     elif ours is not None and ours.pending:
         return False  # an idle server sleeps a second at a time, and the fence would wait with it

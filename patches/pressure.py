@@ -59,7 +59,7 @@ class Pressure:
         rows: dict[str, dict[int, int]] = {}  # group -> sibling index -> row
         num_strangers = 0
         for place, req in enumerate(batch.reqs):
-            live = self.engine.live.get(req.rid)
+            live = self.engine.live_of(req)
             if isinstance(req, ProbeReq):
                 continue
             if live is None:

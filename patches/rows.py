@@ -180,7 +180,7 @@ class Rows:
         queue = self.scheduler.waiting_queue
         waiting = {id(req) for req in queue}
         # One that is ours no more (a fault in between) stays in SGLang's queue.
-        refused = [req for req in injected if id(req) in waiting and req.rid in self.engine.live]
+        refused = [req for req in injected if id(req) in waiting and self.engine.live_of(req)]
         ours = {id(req) for req in refused}
         self.scheduler.waiting_queue = [req for req in queue if id(req) not in ours]
         self.engine.meter.count(EXTRAS_STARTED, sum(id(req) not in waiting for req in injected))
@@ -196,7 +196,7 @@ class Rows:
         running = {
             req.rid: place
             for place, req in enumerate(batch.reqs)
-            if req.rid in self.extras and can_be_released(req)
+            if self._is_extra(req) and can_be_released(req)
         }
         youngest = [running[rid] for rid in reversed(self.extras) if rid in running]
         places = sorted(youngest, key=lambda place: self._urgency(batch.reqs[place]))[:count]
@@ -206,7 +206,7 @@ class Rows:
     def release(self, batch: Any, places: Sequence[int]) -> list[Any]:
         """Take these rows of the running batch; their requests wait within their groups again."""
         reqs = self.take_off(batch, places)
-        num_extras = sum(req.rid in self.extras for req in reqs)
+        num_extras = sum(map(self._is_extra, reqs))
         self.engine.meter.count(EXTRAS_YIELDED, num_extras)
         self.engine.meter.count(RETRACTIONS, len(reqs), Who.DEEPPRUNE)
         for req in reqs:
@@ -246,6 +246,9 @@ class Rows:
             keep = policy.num_extras(run.group) if run is not None else 0
             for rid in own[: max(0, len(own) - keep)]:
                 del self.extras[rid]
+
+    def _is_extra(self, req: Any) -> bool:
+        return req.rid in self.extras and self.engine.live_of(req) is not None
 
     def _is_blocked(self, batch: Any) -> bool:
         if any(req.finished() for req in batch.reqs):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from sglang_deepprune.patches.scheduler import Engine
 from tests.unit.test_engine_side import engine, request
 
@@ -67,3 +69,29 @@ def test_a_group_above_its_claim_waits_for_a_vote_or_free_rows():
     ours.pressure.relieve(batch)
     ours.replan_lost()
     assert list(ours.room.held) == ["s1"] and not ours.scheduler.waiting_queue
+
+
+def test_a_strangers_row_is_not_taken_for_the_siblings_whose_rid_it_bears():
+    ours = engine(preset="latency")
+    first, second = siblings(ours, 2)  # the second waits in SGLang's queue
+    stranger = request(ours, "s1")
+    batch = Batch(ours, [first, stranger, request(ours, "other")], fits=2)
+    ours.pressure.relieve(batch)
+    assert len(batch.reqs) == 3 and not ours.room.held, "SGLang retracts whom it likes"
+    ours.rows.extras["s1"] = "g"
+    assert ours.rows.yield_rows(batch, 1) == 0 and ours.live["s1"].req is second
+
+
+def test_the_kv_of_a_stranger_is_not_weighed_for_the_doomed_of_its_rid(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    ours = engine(preset="latency")
+    first, _ = siblings(ours, 2)
+    stranger = request(ours, "s0")
+    weighed: list[Any] = []
+    monkeypatch.setattr(ours.dooms, "weigh", weighed.append)
+    ours.dooms.slots["s0"] = 0
+    for one in first, stranger:
+        one.skip_radix_cache_insert = True
+    ours.dooms.weigh_doomed(SimpleNamespace(reqs=[stranger, first]))
+    assert len(weighed) == 1 and weighed[0] is first

@@ -136,6 +136,15 @@ def test_one_dropped_and_one_added_is_no_mere_look() -> None:
     assert rids(own) == ["w", "new"] and list(own.held) == ["a"]
 
 
+def test_a_request_of_a_held_siblings_rid_stays_in_the_queue() -> None:
+    own = room("w", "a")
+    own.hold(request("a"))
+    own.hold(request("b"))
+    with own.shown():
+        own.scheduler.waiting_queue.pop(0)
+    assert rids(own) == ["a"] and list(own.held) == ["a", "b"]
+
+
 def test_a_mere_look_leaves_the_queue_as_it_was() -> None:
     own = room("w")
     own.hold(request("a"))
