@@ -33,6 +33,7 @@ _NEW_WEIGHTS = tuple(
     )
     if hasattr(io_struct, name)
 )  # fmt: skip
+_ASSERTS_IDLE = io_struct.ReleaseMemoryOccupationReqInput  # SGLang dies of it where it is not
 
 _engine: Engine | None = None  # this process's, once its Scheduler is built
 
@@ -178,14 +179,17 @@ def get_new_batch_prefill(
 
 
 def process_input_requests(original: Callable[..., Any], self: Any, recv_reqs: Any) -> Any:
-    """AROUND `Scheduler.process_input_requests`: our commands are not SGLang's to dispatch, and no
-    group crosses a change of the weights. All ranks get the same requests."""
+    """AROUND `Scheduler.process_input_requests`: our commands are not SGLang's to dispatch, no
+    group crosses a change of the weights, and no output waits for the fence when memory is
+    released. All ranks get the same requests."""
     ours = _engine
     if ours is None or not (recv_reqs or ours.has_lost):
         return original(self, recv_reqs)
     is_idle = ours.coordinator.is_idle
     if not is_idle and any(isinstance(one, _NEW_WEIGHTS) for one in recv_reqs or ()):
         ours.guard(ours.renew)
+    if ours.pending and any(isinstance(one, _ASSERTS_IDLE) for one in recv_reqs or ()):
+        ours.guard(ours.settle_pending)
     commands = [one for one in recv_reqs or () if isinstance(one, _COMMANDS)]
     if commands:
         recv_reqs = [one for one in recv_reqs if not isinstance(one, _COMMANDS)]

@@ -181,6 +181,11 @@ class Engine:
             else:
                 self.coordinator.settle(command.group_id)
 
+    def settle_pending(self) -> None:
+        """No output may wait for the fence any longer: the votes count as they stand."""
+        runs = self.coordinator.runs
+        self.apply([Expire(group_id, runs[group_id].group.epoch) for group_id in self.pending])
+
     def renew(self) -> None:
         """Before SGLang changes the weights: held siblings join its queue, where it also notes for
         each request which version wrote which tokens; and no prompt of the old ones is kept."""

@@ -138,6 +138,27 @@ def test_a_server_with_an_output_that_waits_for_the_fence_does_not_sleep(
     assert ask(ignore_waiting=True) and ask(False, True), "a paused server may flush"
 
 
+def test_no_output_waits_for_the_fence_when_memory_is_released(monkeypatch: pytest.MonkeyPatch):
+    """SGLang asserts that it is idle, and a trainer releases as soon as its client has left."""
+    ours = engine(preset="collect")
+    monkeypatch.setattr(hooks, "_engine", ours)
+    siblings = [request(ours, f"s{index}", "g", index, 2) for index in range(2)]
+    for one, answer in zip(siblings, (100, 101), strict=True):
+        ours.arrivals.arrive(one)
+        one.output_ids = [answer]
+        step(ours, [one], [9])
+        one.finished_len, one.finished = None, lambda: True
+        one.finished_reason = SimpleNamespace(to_json=dict)
+        ours.close([one], None)
+    assert list(ours.pending) == ["g"]
+    sent: list[Any] = []
+    ours.scheduler.output_streamer.stream_output = lambda reqs, _: sent.extend(reqs)
+    seen = lambda self, reqs: sent and not ours.pending and reqs  # noqa: E731
+    wanted = [hooks._ASSERTS_IDLE()]
+    assert hooks.process_input_requests(seen, ours.scheduler, wanted) == wanted
+    assert sent == siblings[1:] and not ours.coordinator.runs and not ours.faults
+
+
 def test_free_rows_are_asked_for_until_the_fill_comes_back(monkeypatch: pytest.MonkeyPatch):
     """SGLang drops what it pulls in a pass in which it receives nothing."""
     ours = engine()
