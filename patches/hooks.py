@@ -33,7 +33,10 @@ _NEW_WEIGHTS = tuple(
     )
     if hasattr(io_struct, name)
 )  # fmt: skip
-_ASSERTS_IDLE = io_struct.ReleaseMemoryOccupationReqInput  # SGLang dies of it where it is not
+# What SGLang does on an idle server alone: else it fails, or dies of it.
+_WANTS_IDLE = (
+    *_NEW_WEIGHTS, io_struct.ReleaseMemoryOccupationReqInput, io_struct.FlushCacheReqInput
+)  # fmt: skip
 
 _engine: Engine | None = None  # this process's, once its Scheduler is built
 
@@ -180,15 +183,15 @@ def get_new_batch_prefill(
 
 def process_input_requests(original: Callable[..., Any], self: Any, recv_reqs: Any) -> Any:
     """AROUND `Scheduler.process_input_requests`: our commands are not SGLang's to dispatch, no
-    group crosses a change of the weights, and no output waits for the fence when memory is
-    released. All ranks get the same requests."""
+    group crosses a change of the weights, and no output waits for the fence when the server is to
+    be idle. All ranks get the same requests."""
     ours = _engine
     if ours is None or not (recv_reqs or ours.has_lost):
         return original(self, recv_reqs)
     is_idle = ours.coordinator.is_idle
     if not is_idle and any(isinstance(one, _NEW_WEIGHTS) for one in recv_reqs or ()):
         ours.guard(ours.renew)
-    if ours.pending and any(isinstance(one, _ASSERTS_IDLE) for one in recv_reqs or ()):
+    if ours.pending and any(isinstance(one, _WANTS_IDLE) for one in recv_reqs or ()):
         ours.guard(ours.settle_pending)
     commands = [one for one in recv_reqs or () if isinstance(one, _COMMANDS)]
     if commands:
@@ -323,7 +326,7 @@ def send_output(original: Callable[..., Any], self: Any, output: Any, recv_obj: 
     if ours is not None and isinstance(output, AbortReq):
         if ours.probes.owns(output.rid):
             return ours.probes.guard(ours.probes.aborted, output.rid)
-        ours.guard(ours.aborted, output)
+        ours.guard(ours.aborted, output, recv_obj)
     return original(self, output, recv_obj)
 
 

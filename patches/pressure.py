@@ -3,7 +3,7 @@
 SGLang retracts whoever has generated least (`ScheduleBatch.retract_decode`), a stranger as soon as
 a sibling. Before it comes to that, in this order: probes end; extras give their rows back; of a
 group over its fair share of the rows, a sibling that a judge found redundant is pruned, else the
-youngest one goes back to its group, which claims it again once there is room. Never anybody of a
+youngest one goes back to its group, which claims it again behind whoever waits. Never anybody of a
 group within its share, never the last one of a group. All ranks see the same rows and act alike.
 """
 
@@ -26,6 +26,7 @@ class Pressure:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.num_relieved = 0  # rows freed so that SGLang need not retract
+        self.shed: set[str] = set()  # groups that lost a row so, until they are replanned
 
     def relieve(self, batch: Any) -> None:
         """Before `Scheduler.update_running_batch` checks the pool for the next decode step."""
@@ -96,4 +97,5 @@ class Pressure:
         tracker = self.engine.scheduler.new_token_ratio_tracker
         estimate = tracker.estimate_new_token_ratio_after_retract(batch.reqs)
         tracker.current = max(tracker.current, estimate)
+        self.shed.add(group_id)
         self.engine.replan_soon(group_id)

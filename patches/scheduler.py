@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from sglang_deepprune.actions import Action, Command, End, Fork, Retired, Start
 from sglang_deepprune.config import DeepPruneConfig
@@ -58,7 +58,7 @@ class Engine:
         self.dooms = Dooms(self)
         self.is_deterministic = bool(scheduler.server_args.enable_deterministic_inference)
         self.steps = StepLog(scheduler, config.log_steps)
-        self.room = WaitingRoom(scheduler)
+        self.room = WaitingRoom(scheduler, lambda: len(self.rows.extras))
         self.arrivals = Arrivals(self)
         self.rows = Rows(self, config.fill)
         self.prefixes = PrefixHold(scheduler.tree_cache)
@@ -213,7 +213,8 @@ class Engine:
                 continue
             if isinstance(action, Start):
                 if self.room.take(req):
-                    self.room.queue(req)
+                    was_shed = action.group_id in self.pressure.shed
+                    (self.room.queue_last if was_shed else self.room.queue)(req)
                 continue
             num_stopped += 1
             if self.room.take(req) or self.dooms.take_from_queue(req):
@@ -287,14 +288,15 @@ class Engine:
             finish.annotate(req.finished_reason, retired)
         self.log_tables()
 
-    def aborted(self, output: AbortReq) -> None:
-        """SGLang tells the tokenizer that a queued sibling is gone.
+    def aborted(self, output: AbortReq, req: Any = None) -> None:
+        """SGLang tells the tokenizer that a queued sibling is gone, or a stranger that bears its
+        rid: `req` is whom it speaks of, where SGLang says.
 
         Only noted: SGLang is walking its queue by index right now (`Scheduler.abort_request`), so
         nothing may be taken out of it before it is done.
         """
         live = self.live.get(output.rid)
-        if live is None:
+        if live is None or (isinstance(req, Req) and req is not live.req):
             return
         self.at = live.group_id
         reason = output.finished_reason or {}
@@ -341,6 +343,7 @@ class Engine:
         for group_id in lost:
             self.at = group_id
             self._act(self.coordinator.lost(group_id))
+        self.pressure.shed.clear()
 
     def _drop(self, live: Live) -> None:
         self.live.pop(live.req.rid, None)

@@ -10,7 +10,7 @@ place in the queue, not its end.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +19,16 @@ _CLAIMED = "_deepprune_claimed"  # attribute of a Req: the clock when it was las
 
 
 class WaitingRoom:
-    """Held requests of one scheduler, in order of arrival."""
+    """Held requests of one scheduler, in order of arrival. `num_yielding`: rows that are taken, and
+    given back as soon as anybody waits."""
 
-    def __init__(self, scheduler: Any):
+    def __init__(self, scheduler: Any, num_yielding: Callable[[], int] = lambda: 0):
         self.scheduler = scheduler
+        self._num_yielding = num_yielding
         self.held: dict[str, Any] = {}  # rid -> Req
         self._arrivals = 0
         self._is_shown = False
-        self._last = 0  # where in SGLang's queue somebody was put last
+        self._last: tuple[int, int, int] = (0, 0, 0)  # see `queue`
 
     def stamp(self, req: Any, order: int | None = None) -> int:
         """Give a request its place in the order of arrival; siblings share their group's.
@@ -70,12 +72,14 @@ class WaitingRoom:
     def counted(self, req: Any) -> Iterator[None]:
         """`req` arrives, and the queue's limit counts whoever waits for a row: all that are held
         once no row is free. Before that they wait for a claim, and only the arrival's own siblings
-        count, as far as they are more than the free rows. Without a limit nothing looks."""
-        scheduler = self.scheduler
-        if scheduler.max_queued_requests is None or not self.held:
+        count, as far as they are more than the free rows. Below the limit nothing looks."""
+        scheduler, held = self.scheduler, len(self.held)
+        limit = scheduler.max_queued_requests
+        if limit is None or not held or len(scheduler.waiting_queue) + held < limit:
             yield
             return
         free = scheduler.get_num_allocatable_reqs(len(scheduler.running_batch.reqs))
+        free += self._num_yielding()
         with self.shown(self._siblings_of(req)[free:] if free > 0 else None):
             yield
 
@@ -120,8 +124,9 @@ class WaitingRoom:
 
     def take(self, req: Any) -> bool:
         """The request is held no more. False: it was not."""
-        if self.held.pop(req.rid, None) is None:
+        if self.held.get(req.rid) is not req:
             return False
+        del self.held[req.rid]
         setattr(req, _CLAIMED, time.perf_counter())
         return True
 
@@ -130,12 +135,19 @@ class WaitingRoom:
         waiting = self.scheduler.waiting_queue
         if self._is_shown and any(req is other for other in waiting):
             return  # a fault while SGLang walks this very list: it stays where it is
-        order, last, start = _order(req), self._last, 0
-        if last < len(waiting) and _order(waiting[last]) == order:
-            start = last + 1  # a group's siblings start in a row: nobody in front of one is later
+        order, (place, *queue), start = _order(req), self._last, 0
+        # A group's siblings start in a row: nobody in front of one is later, if nobody else has
+        # come or gone meanwhile.
+        if queue == [id(waiting), len(waiting)] and place < len(waiting):
+            start = place + 1 if _order(waiting[place]) == order else 0
         later = (i for i in range(start, len(waiting)) if _order(waiting[i]) > order)
-        self._last = next(later, len(waiting))
-        waiting.insert(self._last, req)
+        place = next(later, len(waiting))
+        waiting.insert(place, req)
+        self._last = place, id(waiting), len(waiting)
+
+    def queue_last(self, req: Any) -> None:
+        """Into SGLang's waiting queue, behind everybody, as SGLang puts whom it retracts."""
+        self.scheduler.waiting_queue.append(req)
 
     def requeue(self, req: Any) -> None:
         """SGLang has put a retracted sibling at the end of its queue: to its group's place."""

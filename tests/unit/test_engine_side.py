@@ -12,7 +12,7 @@ import pytest
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import State
-from sglang_deepprune.patches import build, hooks, wire
+from sglang_deepprune.patches import build, hooks, scheduler, wire
 from sglang_deepprune.patches.arrivals import Arrival
 from sglang_deepprune.patches.scheduler import Engine
 from sglang_deepprune.patches.server_args import ATTRIBUTE, Carrier
@@ -116,6 +116,28 @@ def test_a_group_whose_last_sibling_is_aborted_in_the_queue_keeps_its_record():
     assert not ours.pending
 
 
+def test_the_refusal_of_a_stranger_ends_no_sibling_of_its_rid(monkeypatch: pytest.MonkeyPatch):
+    """Two tokenizer workers may give one rid; SGLang says whom it refuses."""
+    ours = engine(preset="collect")
+    monkeypatch.setattr(hooks, "_engine", ours)
+    first, second = (request(ours, f"s{index}", "g", index, 2) for index in range(2))
+    own = scheduler.Req.__new__(scheduler.Req)
+    vars(own).update(vars(second))
+    for one in first, own:
+        ours.arrivals.arrive(one)
+    ours.room.hold(own)
+    stranger = scheduler.Req.__new__(scheduler.Req)
+    stranger.rid = own.rid
+    output = scheduler.AbortReq(rid=own.rid, finished_reason={"type": "abort", "status_code": 503})
+    sent: list[Any] = []
+    hooks.send_output(lambda self, *args: sent.append(args), None, output, stranger)
+    assert ours.room.held == {own.rid: own} and ours.live[own.rid].req is own
+    assert sent == [(output, stranger)] and set(output.finished_reason) == {"type", "status_code"}
+    assert not ours.room.take(stranger) and ours.room.held == {own.rid: own}
+    hooks.send_output(lambda self, *args: None, None, output, own)
+    assert own.rid not in ours.live and not ours.room.held and not ours.faults
+
+
 def test_an_idle_server_holds_the_fence_to_its_limit(monkeypatch: pytest.MonkeyPatch):
     ours = engine()
     ours.gauges = SimpleNamespace(tick=lambda: None)  # type: ignore[assignment]
@@ -138,8 +160,15 @@ def test_a_server_with_an_output_that_waits_for_the_fence_does_not_sleep(
     assert ask(ignore_waiting=True) and ask(False, True), "a paused server may flush"
 
 
-def test_no_output_waits_for_the_fence_when_memory_is_released(monkeypatch: pytest.MonkeyPatch):
-    """SGLang asserts that it is idle, and a trainer releases as soon as its client has left."""
+@pytest.mark.parametrize(
+    "wanted", [
+        "ReleaseMemoryOccupationReqInput", "FlushCacheReqInput", "UpdateWeightFromDiskReqInput",
+    ],
+)  # fmt: skip
+def test_no_output_waits_for_the_fence_when_the_server_is_to_be_idle(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+):
+    """SGLang asserts that it is, or fails, and a trainer asks as soon as its client has left."""
     ours = engine(preset="collect")
     monkeypatch.setattr(hooks, "_engine", ours)
     siblings = [request(ours, f"s{index}", "g", index, 2) for index in range(2)]
@@ -154,8 +183,9 @@ def test_no_output_waits_for_the_fence_when_memory_is_released(monkeypatch: pyte
     sent: list[Any] = []
     ours.scheduler.output_streamer.stream_output = lambda reqs, _: sent.extend(reqs)
     seen = lambda self, reqs: sent and not ours.pending and reqs  # noqa: E731
-    wanted = [hooks._ASSERTS_IDLE()]
-    assert hooks.process_input_requests(seen, ours.scheduler, wanted) == wanted
+    kind = getattr(hooks.io_struct, wanted)
+    asked = [kind(**{"model_path": "m"} if "Disk" in wanted else {})]
+    assert hooks.process_input_requests(seen, ours.scheduler, asked) == asked
     assert sent == siblings[1:] and not ours.coordinator.runs and not ours.faults
 
 

@@ -55,8 +55,12 @@ def test_a_sibling_that_gave_way_queues_again_and_not_for_the_very_next_pass():
     assert [req.rid for req in batch.reqs] == ["s0", "stranger"] and "s1" in ours.room.held
     assert ours.has_lost and not ours.scheduler.waiting_queue
     assert ours.scheduler.new_token_ratio_tracker.current == 0.2, "as for the 2 that run on"
+    waiting = request(ours, "has come meanwhile")
+    ours.room.stamp(waiting)
+    ours.scheduler.waiting_queue.append(waiting)
     ours.replan_lost()
-    assert ours.scheduler.waiting_queue == [second] and not ours.room.held
+    assert ours.scheduler.waiting_queue == [waiting, second] and not ours.room.held
+    assert not ours.pressure.shed, "the group's next claim takes its own place"
 
 
 def test_a_group_above_its_claim_waits_for_a_vote_or_free_rows():

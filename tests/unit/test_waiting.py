@@ -14,12 +14,12 @@ def request(rid: str) -> Any:
     return SimpleNamespace(rid=rid)
 
 
-def room(*rids: str, free: int = 0) -> WaitingRoom:
+def room(*rids: str, free: int = 0, limit: int = 1, num_yielding: int = 0) -> WaitingRoom:
     scheduler = SimpleNamespace(
-        waiting_queue=[request(rid) for rid in rids], max_queued_requests=7,
+        waiting_queue=[request(rid) for rid in rids], max_queued_requests=limit,
         running_batch=SimpleNamespace(reqs=[]), get_num_allocatable_reqs=lambda running: free,
     )  # fmt: skip
-    return WaitingRoom(scheduler)
+    return WaitingRoom(scheduler, lambda: num_yielding)
 
 
 def rids(room: WaitingRoom) -> list[str]:
@@ -164,6 +164,42 @@ def test_without_a_limit_an_arrival_sees_nobody() -> None:
         assert rids(own) == ["w"]
 
 
+def test_below_the_limit_nobody_is_shown() -> None:
+    """Whatever an arrival sees, it is not refused: its own siblings need not be looked for."""
+    own = room("w", limit=3)
+    own.hold(request("a"))
+    with own.counted(request("new")):
+        assert rids(own) == ["w"]
+    own.hold(request("b"))
+    with own.counted(request("new")):
+        assert rids(own) == ["w", "a", "b"]
+
+
+def test_rows_that_extras_would_give_back_count_as_free() -> None:
+    own = room("w", num_yielding=1)
+    own.hold(request("a"))
+    stranger = request("stranger")
+    own.stamp(stranger)
+    with own.counted(stranger):
+        assert rids(own) == ["w"]
+
+
+def test_a_queue_that_has_changed_since_is_walked_from_its_beginning() -> None:
+    own = room("older")
+    orders = [own.stamp(request(str(index))) for index in range(3)]
+
+    def of(order: int, rid: str) -> Any:
+        one = request(rid)
+        own.stamp(one, order)
+        return one
+
+    own.queue(of(orders[1], "b"))
+    late = of(orders[0], "late")
+    own.scheduler.waiting_queue = [of(orders[2], "c"), late]  # it came by itself, to the end
+    own.queue(of(orders[0], "a"))
+    assert rids(own) == ["a", "c", "late"]
+
+
 def test_while_rows_are_free_an_arrival_sees_its_own_siblings_beyond_them() -> None:
     own = room("w", free=2)
     orders = {group: own.stamp(request(group)) for group in "ab"}
@@ -212,7 +248,7 @@ def test_a_refused_request_is_not_held() -> None:
 
 
 def test_the_queue_limit_is_lifted_and_set_again() -> None:
-    own = room()
+    own = room(limit=7)
     try:
         with own.unlimited():
             assert own.scheduler.max_queued_requests is None
