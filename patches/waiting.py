@@ -124,9 +124,10 @@ class WaitingRoom:
 
     def take(self, req: Any) -> bool:
         """The request is held no more. False: it was not."""
-        if self.held.get(req.rid) is not req:
+        rid = req.rid
+        if self.held.get(rid) is not req:
             return False
-        del self.held[req.rid]
+        del self.held[rid]
         setattr(req, _CLAIMED, time.perf_counter())
         return True
 

@@ -121,14 +121,16 @@ def test_the_refusal_of_a_stranger_ends_no_sibling_of_its_rid(monkeypatch: pytes
     ours = engine(preset="collect")
     monkeypatch.setattr(hooks, "_engine", ours)
     first, second = (request(ours, f"s{index}", "g", index, 2) for index in range(2))
-    own = scheduler.Req.__new__(scheduler.Req)
+    kind = vars(scheduler)["Req"]  # SGLang's
+    own = kind.__new__(kind)
     vars(own).update(vars(second))
     for one in first, own:
         ours.arrivals.arrive(one)
     ours.room.hold(own)
-    stranger = scheduler.Req.__new__(scheduler.Req)
+    stranger = kind.__new__(kind)
     stranger.rid = own.rid
-    output = scheduler.AbortReq(rid=own.rid, finished_reason={"type": "abort", "status_code": 503})
+    reason = {"type": "abort", "status_code": 503}
+    output = vars(scheduler)["AbortReq"](rid=own.rid, finished_reason=reason)
     sent: list[Any] = []
     hooks.send_output(lambda self, *args: sent.append(args), None, output, stranger)
     assert ours.room.held == {own.rid: own} and ours.live[own.rid].req is own
@@ -183,8 +185,8 @@ def test_no_output_waits_for_the_fence_when_the_server_is_to_be_idle(
     sent: list[Any] = []
     ours.scheduler.output_streamer.stream_output = lambda reqs, _: sent.extend(reqs)
     seen = lambda self, reqs: sent and not ours.pending and reqs  # noqa: E731
-    kind = getattr(hooks.io_struct, wanted)
-    asked = [kind(**{"model_path": "m"} if "Disk" in wanted else {})]
+    kinds = {one.__name__: one for one in hooks._WANTS_IDLE}
+    asked = [kinds[wanted](**{"model_path": "m"} if "Disk" in wanted else {})]
     assert hooks.process_input_requests(seen, ours.scheduler, asked) == asked
     assert sent == siblings[1:] and not ours.coordinator.runs and not ours.faults
 
