@@ -176,7 +176,7 @@ def whole(thread: Any, replies: list[Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_a_pause_and_a_flush_leave_held_siblings_to_go_on(scripted: Server, mode: str):
     """What an RL trainer does between two steps: the tree is flushed under our prompt lock."""
-    thread, replies = start_long(scripted, "paused")
+    thread, replies = start_long(scripted, f"paused-{mode}")
     assert scripted.post("/pause_generation", {"mode": mode}).status_code == 200
     # SGLang flushes for nobody while requests run, and before 0.5.21 while any wait; the rest must
     # hold all the same.
