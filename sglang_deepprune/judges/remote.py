@@ -217,7 +217,9 @@ class RemoteJudge:
     def _score(self, pairs: Sequence[Pair]) -> np.ndarray:
         if self.circuit.is_open:
             raise JudgeError("the judge's server has failed several times; it has a pause")
-        self._http.until = min(time.monotonic() + self.budget_s, self.until)
+        # `budget_s` where nobody says how long it may take (no batch's deadline).
+        is_told = self.until < math.inf
+        self._http.until = self.until if is_told else time.monotonic() + self.budget_s
         try:
             scores = self._score_prompts(self.prompts.write(pairs))
         except Exception:  # whatever it was: the next call would most likely meet it too

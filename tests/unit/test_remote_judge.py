@@ -152,6 +152,14 @@ def test_a_server_that_hangs_ends_the_call_within_its_budget_and_opens_the_circu
         judge.score([asked])
 
 
+def test_a_slow_server_has_as_long_as_the_batch_has(fake: Fake):
+    judge = RemoteJudge(fake.url)
+    judge.score([pair()])
+    judge.budget_s, fake.delay_s = 0.2, 0.6
+    judge.until = time.monotonic() + 20
+    assert np.isfinite(judge.score([pair()])).all()
+
+
 def test_a_call_ends_before_the_workers_deadline_would_kill_it():
     assert RemoteJudge("http://127.0.0.1:9").budget_s < DeepPruneConfig().judge_deadline_ms / 1e3
 
