@@ -120,8 +120,8 @@ def overhead() -> Iterator[Line]:
 
 
 def bystanders() -> Line:
-    row = one("bystanders", mode="busy", cores="apart")
-    again = one("bystanders", mode="none again", cores="apart")
+    row = one("bystanders", mode="busy")
+    again = one("bystanders", mode="none again")
     return (
         "Inter-token latency of strangers while a judge works without a pause",
         f"mean {times(row['itl_mean_ms_ratio'])}, p99 {times(row['itl_p99_ms_ratio'])}; without a "
