@@ -44,9 +44,10 @@ def test_a_group_is_whole_on_two_ranks(tiny, scripts_env, flags: tuple[str, str]
         }
         both = [in_background(server, fat) for _ in range(2)]
         if flags[0] == "--dp":
-            time.sleep(0.4)
-            loads = server.get("/v1/loads")["loads"]
-            assert all(load["num_running_reqs"] for load in loads)  # one fat group each
+            deadline = time.monotonic() + 10  # they run for seconds, and may begin late
+            while not all(load["num_running_reqs"] for load in server.get("/v1/loads")["loads"]):
+                assert time.monotonic() < deadline, "a rank has no group, the other has both"
+                time.sleep(0.1)
         for thread, replies in both:
             thread.join()
             assert set(states(replies[0].json())) <= {"finished", "decided", "not_started"}
