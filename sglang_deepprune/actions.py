@@ -35,7 +35,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Queue this held sibling now, at its group's place."""
+    """Queue this held sibling now: at its group's place, or last after it was shed for KV."""
 
     group_id: str
     index: int
