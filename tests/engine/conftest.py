@@ -31,7 +31,8 @@ EIGHT_ROWS = (
     "--disable-overlap-schedule", "--max-running-requests", "8", "--reasoning-parser", "qwen3",
     *(("--grammar-backend", "none") if before("0.5.17") else ()),
 )  # fmt: skip
-# The first takes what single requests may ask for where a server lets them, see test_shapes.py.
+# The first takes what single requests may ask for where a server lets them, see test_shapes.py and
+# test_steering.py.
 CONFIGS: dict[str, tuple[str, ...]] = {
     "page1-overlap": (
         "--enable-custom-logit-processor", "--enable-return-hidden-states", "--enable-metrics",
