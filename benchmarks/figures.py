@@ -120,10 +120,10 @@ def overhead() -> Iterator[Line]:
 
 
 def bystanders() -> Line:
-    row = one("bystanders", mode="busy")
-    again = one("bystanders", mode="none again")
+    row = one("bystanders", mode="busy", cores="apart")
+    again = one("bystanders", mode="none again", cores="apart")
     return (
-        "Inter-token latency of strangers while a judge works without a pause",
+        "Inter-token latency of strangers while a judge works without a pause on another core",
         f"mean {times(row['itl_mean_ms_ratio'])}, p99 {times(row['itl_p99_ms_ratio'])}; without a "
         f"judge, again: {times(again['itl_mean_ms_ratio'])}, {times(again['itl_p99_ms_ratio'])}",
         "bystanders",

@@ -298,6 +298,13 @@ def test_poll_and_submit_do_not_wait_for_a_stopped_child(make):
     assert result.error is None
 
 
+def test_where_cores_are_short_a_judge_waits_for_the_server(make):
+    worker = make("same")
+    poll_until(worker, lambda: worker.is_ready)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, pid_of(worker)) > own
+
+
 def test_poll_does_not_wait_for_a_hung_judge(make):
     worker = make("hanging", deadline_s=60.0)
     poll_until(worker, lambda: worker.is_ready)
