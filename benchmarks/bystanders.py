@@ -98,13 +98,17 @@ def groups(url: str, n: int) -> Iterator[None]:
         raise errors[0]
 
 
-def judge_of(server: LocalServer) -> psutil.Process | None:
-    """The judge's process: of ours, the one that has read a model."""
-    found = [
+def our_processes(server: LocalServer) -> list[psutil.Process]:
+    """The judge's, and the answer fence's, which has little to do here."""
+    return [
         child for child in psutil.Process(server.process.pid).children(recursive=True)
         if any("sglang_deepprune" in part for part in child.cmdline())
     ]  # fmt: skip
-    return max(found, key=lambda child: child.memory_info().rss, default=None)
+
+
+def judge_of(server: LocalServer) -> psutil.Process:
+    """Of these the one that has read a model, once it has."""
+    return max(our_processes(server), key=lambda child: child.memory_info().rss)
 
 
 def wait_loaded(url: str) -> None:
@@ -119,9 +123,9 @@ def wait_loaded(url: str) -> None:
     raise SystemExit("the judge gives no verdict")
 
 
-def pin(judge: psutil.Process) -> None:
+def pin(process: psutil.Process) -> None:
     """To the last core. Whatever else runs here has inherited the first one."""
-    for thread in judge.threads():
+    for thread in process.threads():
         with contextlib.suppress(OSError):
             os.sched_setaffinity(thread.id, {CORES[-1]})
 
@@ -133,11 +137,12 @@ def play(mode: str, spec: str, requests: int, n: int, *, is_pinned: bool) -> Row
     flags = (*FLAGS, "--deepprune-judge", name, "--deepprune-judge-deadline-ms", "600000")
     with LocalServer(model_path(), *flags, max_total_tokens=60_000) as server:
         with groups(server.url, n):
-            judge = judge_of(server) if name != "none" else None
-            if judge is not None:
-                if is_pinned:
-                    pin(judge)
+            judge = None
+            if name != "none":
+                for process in our_processes(server) if is_pinned else ():
+                    pin(process)
                 wait_loaded(server.url)
+                judge = judge_of(server)
                 time.sleep(5)  # its backlog grows
             used = sum(judge.cpu_times()[:2]) if judge else 0.0
             if mode == "stopped":
