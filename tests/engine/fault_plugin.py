@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plugin_folder import plugin_path
+from tests.engine.c_heap import used_mib
 
 KEY = "deepprune_state"
 _MANAGERS = "sglang.srt.managers"
@@ -124,6 +125,7 @@ def of_scheduler(result: Any, self: Any, recv_req: Any) -> Any:
         "rows": int(scheduler.req_to_token_pool.available_size()),
         "slots": int(scheduler.max_total_num_tokens),
         "python_blocks": sys.getallocatedblocks(),
+        "c_heap_mib": used_mib(),
     }
     if ours is None:
         return None

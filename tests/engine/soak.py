@@ -8,8 +8,8 @@ aborts, disconnects, members that join by name, bystanders, judges that fail; al
 than rows. Every few seconds: resident memory, file descriptors and threads of each process, and how
 full our tables are. The first third is warm-up: caches fill, heaps settle. Flat is, for the rest:
  - memory: a straight line through it grows by no more than MEMORY_SHARE of its mean, or MEMORY_MIB;
- - Python's own heap in the scheduler, in blocks: by no more than BLOCKS_SHARE. What resident memory
-   grows by beyond that lies in the C heap, which torch's and the wire's buffers fragment;
+ - Python's own heap in the scheduler, in blocks: by no more than BLOCKS_SHARE; its C heap in use,
+   as memory. What resident memory grows by beyond both are holes between blocks;
  - descriptors, threads and tables: the median of the last half is at most that of the first one,
    plus what one client or one restart of a judge needs (SLACK);
 and at the end, with nobody there, all tables are empty.
@@ -140,6 +140,8 @@ def verdict(samples: Sequence[Row]) -> list[Row]:
             rows.append(_row(role, measure, times, values, middle))
     blocks = [float(one["python_blocks"]) for one in after]
     rows.append(_row("scheduler", "python_blocks", times, blocks, middle))
+    c_heap = [float(one["c_heap_mib"]) for one in after]
+    rows.append(_row("scheduler", "c_heap_mib", times, c_heap, middle))
     for name in dict.fromkeys(name for one in after for name in one["tables"]):
         values = [float(one["tables"].get(name, 0)) for one in after]
         rows.append(_row("tables", name, times, values, middle))
@@ -151,7 +153,7 @@ def _row(
 ) -> Row:
     rise = growth(times, values)
     early, late = (statistics.median(part) for part in (values[:middle], values[middle:]))
-    if measure == "rss_mib":
+    if measure.endswith("_mib"):
         most = max(MEMORY_MIB, MEMORY_SHARE * statistics.fmean(values))
         is_flat = rise <= most
     elif measure == "python_blocks":
@@ -185,6 +187,7 @@ def soak(
                         "seconds": round(spent, 1), "requests": load.num_asked,
                         "processes": sample(harness.server.process.pid),
                         "python_blocks": state["python_blocks"],
+                        "c_heap_mib": state["c_heap_mib"],
                         "tables": {**state["tables"],
                                    **{name: state[name] for name in _OPEN if name in state}},
                     })  # fmt: skip

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 
 from benchmarks.report import Row
 from tests.engine import soak
+from tests.engine.c_heap import used_mib
 from tests.engine.soak import MIB, growth, is_good, verdict
 
 
 def samples(
-    rss: float = 0.0, fds: float = 0.0, groups: float = 0.0, blocks: float = 0.0
+    rss: float = 0.0, fds: float = 0.0, groups: float = 0.0, blocks: float = 0.0, heap: float = 0.0
 ) -> list[Row]:
     """A run of ten minutes; the arguments are what is added a second."""
     return [
         {"seconds": s, "requests": s,
          "processes": {"scheduler": {"rss_mib": 900 + rss * s + 3 * (s % 20 == 0),
                                      "fds": 50 + fds * s, "threads": 12}},
-         "python_blocks": 3_000_000 + blocks * s, "tables": {"groups": 9 + groups * s}}
+         "python_blocks": 3_000_000 + blocks * s, "c_heap_mib": 500 + heap * s,
+         "tables": {"groups": 9 + groups * s}}
         for s in range(0, 600, 5)
     ]  # fmt: skip
 
@@ -25,7 +29,8 @@ def samples(
 @pytest.mark.parametrize(
     ("grows", "what"),
     [({}, None), ({"rss": 0.02}, None), ({"rss": 0.1}, "rss_mib"), ({"fds": 0.1}, "fds"),
-     ({"groups": 0.5}, "groups"), ({"blocks": 10}, None), ({"blocks": 100}, "python_blocks")],
+     ({"groups": 0.5}, "groups"), ({"blocks": 10}, None), ({"blocks": 100}, "python_blocks"),
+     ({"heap": 0.1}, "c_heap_mib")],
 )  # fmt: skip
 def test_what_grows_is_seen(grows: dict[str, float], what: str | None):
     rows = verdict(samples(**grows))
@@ -58,3 +63,13 @@ def test_a_minute_and_a_half_of_load_is_flat():
     verdicts, rows, about = soak.soak(1.5, every_s=2.0)
     assert about["requests"] > 50 and len(rows) > 20
     assert is_good(verdicts, about), (about, [row for row in verdicts if not row["is_flat"]])
+
+
+def test_the_c_heap_in_use_is_seen():
+    before = used_mib()
+    if not before:
+        pytest.skip("no mallinfo2 here")
+    block = ctypes.create_string_buffer(64 * MIB)
+    assert used_mib() - before == pytest.approx(64, abs=1)
+    del block
+    assert used_mib() - before == pytest.approx(0, abs=1)
