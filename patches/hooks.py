@@ -212,7 +212,7 @@ def poll_commands(result: Any, self: Any) -> Any:
         return None
     ours.gauges.tick()
     if ours.coordinator.is_idle:
-        ours.guard(ours.coordinator.questions.tidy)
+        ours.guard(ours.coordinator.tidy)
         return None
     commands = ours.poll()
     return [*result, *commands] if commands else None

@@ -271,6 +271,11 @@ class Coordinator:
                     commands.append(Close(group_id, epoch))
         return commands
 
+    def tidy(self) -> None:
+        """Leader, while no group lives: what is still under way for groups that have ended."""
+        self.questions.tidy()
+        self.handover.tidy()
+
     def retire(self, group_id: str, index: int, state: State, num_tokens: int) -> Retired | None:
         """A sibling has ended, exactly once. The last one brings the group's record."""
         run = self.runs.get(group_id)

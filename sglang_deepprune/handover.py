@@ -85,6 +85,12 @@ class Handover:
         run.in_flight, run.asked_s = frozenset(fresh), self._clock()
         self._submit(task)
 
+    def tidy(self) -> None:
+        """Leader, while no group lives: the process loads, ends what it was asked, and is told what
+        to forget. What it says is about no group."""
+        if self.judge is not None and not self.judge.is_idle:
+            self.judge.poll()
+
     def place(self, run: Run, result: JudgeResult) -> None:
         """A verdict: who belongs to whom."""
         group = run.group

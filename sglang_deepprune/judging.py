@@ -143,6 +143,13 @@ class JudgeWorker:
         return self._off is not None
 
     @property
+    def is_idle(self) -> bool:
+        """No `poll` is due: nothing waits to be sent or answered, and the process has loaded."""
+        child = self._child
+        is_free = child.is_ready and not child.is_busy
+        return self.is_disabled or (is_free and not self._ended and not self._waiting)
+
+    @property
     def num_pending(self) -> int:
         """Tasks that wait or are with the judge."""
         return len(self._waiting) + len(self._batch)

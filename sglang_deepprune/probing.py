@@ -107,6 +107,11 @@ class ProbeDesk:
         """Tasks at the desk or with the worker."""
         return len(self._cases) + len(self._gated)
 
+    @property
+    def is_idle(self) -> bool:
+        """See `JudgeWorker.is_idle`; a desk without groups has nothing of its own."""
+        return self.worker.is_idle
+
     def start(self) -> None:
         self.worker.start()
 

@@ -73,9 +73,14 @@ class LLMJudge:
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """[num_prompts] float32 P(same answer)."""
-        if self.packed is None or not self.packed.fits(prompts):
+        if self.packed is None:
             return self.score_padded(prompts)
-        found: np.ndarray = self.packed.probabilities(prompts).numpy()
+        found = np.empty(len(prompts), dtype=np.float32)
+        fits = np.array([self.packed.fits(one) for one in prompts], dtype=bool)
+        for is_fit, score in ((True, self.packed.probabilities), (False, self.score_padded)):
+            places = np.flatnonzero(fits == is_fit)
+            if len(places):
+                found[places] = score([prompts[place] for place in places])
         return found
 
     @torch.inference_mode()

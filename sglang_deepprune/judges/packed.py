@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -126,28 +127,30 @@ class Packed:
             # Its reference on a GPU takes memory that nobody has planned for.
             _is_off(model, "no kernel is made for its heads")
             return None
-        a, b = label_ids
-        prompts = [
-            Prompt((a, b, a), (b,), stem_tokens=1), Prompt((a, b, a), (b, b, a), stem_tokens=1),
-            Prompt((b,), (a,)), Prompt((b,) * 9, (a, b, a, a, b), stem_tokens=4),
-        ]  # fmt: skip
         try:
             packed = cls(model, label_ids, pass_tokens)
-            found, wanted = packed.probabilities(prompts), torch.as_tensor(ordinary(prompts))
+            most = min(pass_tokens, int(getattr(model.config, "max_position_embeddings", 1 << 30)))
+            prompts = [
+                one for one in specimens(model, label_ids)
+                if packed.fits(one) and len(one.prefix) + len(one.rest) <= most
+            ]  # fmt: skip
+            wanted = torch.as_tensor(ordinary(prompts))
+            # The second time after prefixes that are kept.
+            found = torch.stack([packed.probabilities(prompts).cpu() for _ in range(2)])
             packed.prefixes.clear()
         except Exception as error:  # a model's fault, or what Triton raises where it cannot compile
             raise_if_lost(error)  # no ordinary pass works either: it takes a process of its own
             _is_off(model, f"{type(error).__name__}: {error}".split("\n")[0])
             return None
-        largest = float((found.cpu() - wanted).abs().max())
+        largest = float((found - wanted).abs().max())
         if not largest <= _TOLERANCE.get(model.dtype, _OTHER_TOLERANCE):
             _is_off(model, f"packed scores are off by {largest:.2g}")
             return None
         return packed
 
-    def fits(self, prompts: Sequence[Prompt]) -> bool:
-        """No prompt is longer than what may be packed (`_window`)."""
-        return max(len(one.prefix) + len(one.rest) for one in prompts) <= self.window
+    def fits(self, prompt: Prompt) -> bool:
+        """It is no longer than what may be packed (`_window`)."""
+        return len(prompt.prefix) + len(prompt.rest) <= self.window
 
     @torch.inference_mode()
     def probabilities(self, prompts: Sequence[Prompt]) -> torch.Tensor:
@@ -370,6 +373,27 @@ def passes(
             used += cost
     if now:
         yield now
+
+
+def specimens(model: Any, label_ids: Sequence[int]) -> list[Prompt]:
+    """Prompts of all shapes that a pass can have: beside the shortest, stems, prefixes and rests,
+    shared and alone, on a GPU each of more keys than a kernel takes at a time."""
+    a, b = label_ids
+    rng = random.Random(0)
+    num_ids = int(model.get_input_embeddings().weight.shape[0])
+    many = 70 if model.device.type == "cuda" else 7  # a large model on a CPU reads slowly
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(num_ids) for _ in range(count))
+
+    stem = ids(many)
+    shared, alone = stem + ids(many + 10), stem + ids(many + 5)
+    return [
+        Prompt((a, b, a), (b,), stem_tokens=1), Prompt((a, b, a), (b, b, a), stem_tokens=1),
+        Prompt((b,), (a,)), Prompt((b,) * 9, (a, b, a, a, b), stem_tokens=4),
+        Prompt(shared, ids(2 * many), stem_tokens=many), Prompt(shared, ids(3), stem_tokens=many),
+        Prompt(alone, ids(2 * many + 3), stem_tokens=many),
+    ]  # fmt: skip
 
 
 def _has_kernel(model: Any) -> bool:

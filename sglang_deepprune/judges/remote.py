@@ -6,6 +6,9 @@ The tokenizer is the one that the server names, if it is readable here, else TOK
 a hub name). TLS certificates are verified, redirects are not followed, and the API key comes from
 the environment variable DEEPPRUNE_JUDGE_API_KEY.
 
+Loading asks the server and reads the tokenizer, if both are there by then; else the first call
+does. A prompt has no more tokens than the server takes.
+
 A call has a budget of seconds, below the worker's default deadline: it ends by itself, because a
 process that is killed forgets its circuit and is switched off after a few restarts. A server that
 sends a byte now and then, or without end, ends with it too. Within it, what failed is tried again
@@ -43,9 +46,15 @@ from sglang_deepprune.types import Pair
 
 KEY_VARIABLE = "DEEPPRUNE_JUDGE_API_KEY"
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
+_AT_FAULT = {400, 413, 422}
 _AT_ONCE = 8
 _MOST_BYTES = 4 << 20  # of a reply; parsed, a hostile one takes about thirty times as much
 _MOST_TOKENS = 1 << 30
+_LOAD_S = 5.0  # that a server has to say what it serves while the judge loads
+
+
+class Refused(JudgeError):
+    """This request was at fault, not the server: the next one may be answered."""
 
 
 class Circuit:
@@ -97,7 +106,7 @@ class Http:
         if key:
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
-        reason = "no time is left"
+        reason, kind = "no time is left", JudgeError
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.backoff_s * 2 ** (attempt - 1))
@@ -110,12 +119,13 @@ class Http:
             except urllib.error.HTTPError as error:
                 error.close()
                 reason = f"HTTP {error.code}"
+                kind = Refused if error.code in _AT_FAULT else JudgeError
                 if error.code not in _AGAIN:
                     break
             # Not JSON, cut off, nested without end, or no HTTP at all.
             except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
-                reason = type(error).__name__
-        raise JudgeError(f"the judge's server does not answer {path}: {reason}")
+                reason, kind = type(error).__name__, JudgeError
+        raise kind(f"the judge's server does not answer {path}: {reason}")
 
 
 class _Watch:
@@ -186,22 +196,34 @@ class RemoteJudge:
         self.circuit = circuit or Circuit()
         self._prompts: PromptWriter | None = None
         self._pool = ThreadPoolExecutor(_AT_ONCE)
+        self._load()
+
+    def _load(self) -> None:
+        """What takes seconds, and must not be the first batch's: the import, and the tokenizer,
+        which the hub may have to send. A server may start later than we do."""
+        import transformers  # noqa: F401
+
+        self._http.until = time.monotonic() + _LOAD_S
+        try:
+            _ = self.prompts
+        except JudgeError:
+            if self._tokenizer:
+                with contextlib.suppress(JudgeError):
+                    _tokenizer(self._tokenizer)  # on this machine by now, whoever asks again
+        self._http.until = math.inf
 
     @property
     def prompts(self) -> PromptWriter:
-        """Made when the server is first asked: it may start later than we do. Raises
-        `JudgeError`."""
+        """Made when the server first answers. Raises `JudgeError`."""
         if self._prompts is None:
             model, server = map(self._http.send, ("/get_model_info", "/get_server_info"))
             if not isinstance(model, dict) or not isinstance(server, dict):
                 raise JudgeError("the judge's server does not say what it serves")
-            limit = server.get("context_length")
-            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-                limit = _MOST_TOKENS
             source = self._tokenizer or model.get("tokenizer_path")
             if not isinstance(source, str) or not source:
                 raise JudgeError("the judge's server names no tokenizer; use remote:URL,TOKENIZER")
-            self._prompts = _writer(source, min(limit, _MOST_TOKENS))
+            settings = load_settings(source)
+            self._prompts = PromptWriter(_tokenizer(source), settings, _most_tokens(server))
         return self._prompts
 
     def forget(self, group_ids: Sequence[str]) -> None:
@@ -222,6 +244,8 @@ class RemoteJudge:
         self._http.until = self.until if is_told else time.monotonic() + self.budget_s
         try:
             scores = self._score_prompts(self.prompts.write(pairs))
+        except Refused:
+            raise
         except Exception:  # whatever it was: the next call would most likely meet it too
             self.circuit.failed()
             raise
@@ -265,13 +289,20 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _writer(source: str, max_tokens: int) -> PromptWriter:
+def _most_tokens(server: dict[str, Any]) -> int:
+    """Of a prompt that the server takes: fewer than its context, which it may not name, and than
+    what its KV pool leaves (SGLang's `validate_input_length`, `_validate_one_request`)."""
+    limits = [server.get("context_length"), server.get("max_req_input_len")]
+    known = [one for one in limits if type(one) is int and one > 1]
+    return min(known, default=_MOST_TOKENS) - 1
+
+
+def _tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the server names it: it may be any file, or none
         raise JudgeError(
             "the tokenizer of the judge's server is not readable here; use remote:URL,TOKENIZER"
         ) from error
-    return PromptWriter(tokenizer, load_settings(source), max_tokens)

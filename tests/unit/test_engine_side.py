@@ -150,6 +150,20 @@ def test_an_idle_server_holds_the_fence_to_its_limit(monkeypatch: pytest.MonkeyP
     assert not fence.answers and not ours.faults  # type: ignore[union-attr]
 
 
+def test_an_idle_server_polls_a_judge_that_is_not_done_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    ours = engine()
+    ours.gauges = SimpleNamespace(tick=lambda: None)  # type: ignore[assignment]
+    monkeypatch.setattr(hooks, "_engine", ours)
+    polled: list[str] = []
+    judge = SimpleNamespace(is_idle=False, poll=lambda: polled.append("polled"))
+    ours.coordinator.handover.judge = judge  # type: ignore[assignment]
+    assert hooks.poll_commands([], None) is None and polled == ["polled"]
+    judge.is_idle = True
+    assert hooks.poll_commands([], None) is None and polled == ["polled"] and not ours.faults
+
+
 def test_a_server_with_an_output_that_waits_for_the_fence_does_not_sleep(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -349,6 +349,38 @@ def test_the_process_is_told_of_ended_groups_that_it_knows(make):
     assert {one.cluster for one in result.assignments} == {0}
 
 
+def test_a_judge_is_idle_once_it_has_loaded_answered_and_been_told(make):
+    worker = make("slow")
+    assert not worker.is_idle  # it loads
+    poll_until(worker, lambda: worker.is_idle)
+    worker.submit(task("a"))
+    assert not worker.is_idle
+    results_of(worker, 1)
+    assert worker.is_idle
+    worker.submit(task("b"))
+    worker.poll()
+    worker.drop("b")
+    assert not worker.is_idle  # it still reads for a group that is gone
+    poll_until(worker, lambda: worker.is_idle)
+    assert not worker._ended and not worker._child.is_busy
+    worker.close()
+    assert worker.is_idle
+
+
+def test_half_a_request_is_sent_whole_though_its_group_has_ended(make):
+    """Left where it was, the process would be killed at the next group for not answering."""
+    worker = make("same", deadline_s=2.0)
+    poll_until(worker, lambda: worker.is_idle)
+    os.kill(pid_of(worker), signal.SIGSTOP)
+    worker.submit(task(text="x" * 2_000_000))  # more than the socket takes
+    worker.poll()
+    assert worker._child._out
+    worker.drop("g")
+    os.kill(pid_of(worker), signal.SIGCONT)
+    poll_until(worker, lambda: worker.is_idle)
+    assert worker._num_faults == 0 and worker.is_ready
+
+
 def test_more_groups_than_the_queue_holds_are_refused(make, monkeypatch, caplog):
     monkeypatch.setattr("sglang_deepprune.judging._MAX_WAITING", 2)
     worker = make("hanging", deadline_s=60.0)

@@ -22,8 +22,13 @@ from sglang_deepprune.judges.gpu import PLAIN
 from sglang_deepprune.judges.llm import LLMJudge
 from sglang_deepprune.judges.lm_prompt import Prompt
 from sglang_deepprune.judges.memory import CACHE_BYTES
-from sglang_deepprune.judges.packed import Packed, PrefixCache, Span, passes
-from sglang_deepprune.kernels.prefix_attention import prefix_attention
+from sglang_deepprune.judges.packed import Packed, PrefixCache, Span, passes, specimens
+from sglang_deepprune.kernels.prefix_attention import (
+    DTYPES,
+    HEAD_DIMS,
+    choose_blocks,
+    prefix_attention,
+)
 from sglang_deepprune.kernels.prefix_tree import pack
 from tests import lm_judge
 
@@ -250,6 +255,33 @@ def test_kernels_that_cannot_be_compiled_cost_the_packing_and_not_the_judge(
     assert "judges without packing: CalledProcessError" in record.getMessage()
 
 
+def test_on_a_gpu_each_part_of_what_a_model_is_tried_on_is_more_than_a_block_of_keys(
+    judge: LLMJudge,
+):
+    most = max(choose_blocks(dim, kind).keys for dim in HEAD_DIMS for kind in DTYPES)
+    on_gpu = SimpleNamespace(
+        device=torch.device("cuda"), get_input_embeddings=judge.model.get_input_embeddings
+    )
+    long = specimens(on_gpu, judge.prompts.label_ids)[-3:]
+    assert all(most < one.stem_tokens < len(one.prefix) - most for one in long)
+    assert [len(one.rest) > most for one in long] == [True, False, True]
+    assert long[0].prefix == long[1].prefix != long[2].prefix and long[0].stem == long[2].stem
+
+
+@pytest.mark.parametrize("fault", ["many keys", "kept prefixes"])
+def test_what_a_model_is_tried_on_when_it_loads_holds_all_that_serving_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+):
+    def attend(q, k, v, tree, scale=None):
+        out = prefix_attention(q, k, v, tree, scale)
+        is_wrong = len(q) < len(k) if fault == "kept prefixes" else max(tree.child_lengths) > 12
+        return out * 0 if is_wrong else out
+
+    monkeypatch.setattr(packed_module, "choose_attention", lambda device: attend)
+    assert LLMJudge(str(lm_judge.make_base(tmp_path))).packed is None
+    assert "packed scores are off by" in caplog.text
+
+
 def test_a_kernel_that_breaks_the_gpu_ends_the_process_and_the_next_one_does_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -295,8 +327,12 @@ def test_a_prompt_beyond_the_sliding_window_is_not_packed(judge: LLMJudge):
     assert packed is not None
     packed.window = 50
     try:
-        assert packed.fits(forest(1, [[1]], 20))
-        assert not packed.fits(forest(1, [[60]], 20))
+        short, long = forest(1, [[1]], 20)[0], forest(1, [[60]], 20)[0]
+        assert packed.fits(short) and not packed.fits(long)
+        before = packed.tokens_read
+        found = judge.score_prompts([long, short])
+        assert packed.tokens_read - before == len(short.prefix) + len(short.rest)
+        assert found == pytest.approx(judge.score_padded([long, short]), abs=1e-5)
     finally:
         packed.window = 1 << 30
 

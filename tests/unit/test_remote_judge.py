@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from sglang_deepprune.clustering import JudgeError
 from sglang_deepprune.config import ConfigError, DeepPruneConfig
@@ -30,6 +31,7 @@ class Fake(FakeServer):
         self.errors: list[int] = []
         self.reply: Any = None
         self.delay_s = 0.0
+        self.limits = {"context_length": None, "max_req_input_len": 507}
 
 
 class Handler(FakeHandler):
@@ -37,7 +39,7 @@ class Handler(FakeHandler):
 
     def do_GET(self) -> None:
         names = {"/get_model_info": {"tokenizer_path": str(self.server.model)},
-                 "/get_server_info": {"context_length": 512}}  # fmt: skip
+                 "/get_server_info": self.server.limits}  # fmt: skip
         self.send_json(200, names[self.path])
 
     def do_POST(self) -> None:
@@ -46,6 +48,9 @@ class Handler(FakeHandler):
         self.server.asked.append(body)
         self.server.keys.append(self.headers.get("Authorization"))
         status = self.server.errors.pop(0) if self.server.errors else 200
+        most = min(one for one in self.server.limits.values() if one)
+        if any(len(body["query"]) + len(item) >= most for item in body["items"]):
+            status = 400  # as SGLang refuses: at its limit, not beyond it
         scores = [[1 / len(item), 1 - 1 / len(item)] for item in body["items"]]
         reply = self.server.reply if self.server.reply is not None else {"scores": scores}
         elsewhere = {"Location": f"{self.server.url}/get_model_info"} if status == 302 else {}
@@ -104,6 +109,39 @@ def test_what_will_not_get_better_is_not_asked_again(fake: Fake, status: int):
     with pytest.raises(JudgeError, match=f"HTTP {status}"):
         judge.score([pair()])
     assert len(fake.asked) == 1
+
+
+@pytest.mark.parametrize("context_length", [None, 400, 4096])
+def test_a_prompt_is_cut_to_what_the_server_takes(fake: Fake, context_length: int | None):
+    fake.limits["context_length"] = context_length
+    long = [Trace(i, "so " * 600 + "it is east", 600, "tokens") for i in range(2)]
+    assert np.isfinite(RemoteJudge(fake.url).score([Pair(long[0], long[1])])).all()
+    (asked,) = fake.asked
+    read = len(asked["query"]) + len(asked["items"][0])
+    assert read >= min(context_length or 507, 507) - 2
+
+
+def test_what_the_server_refuses_is_no_failure_of_the_server(fake: Fake):
+    judge = RemoteJudge(fake.url, circuit=Circuit(limit=1))
+    fake.errors = [400, 500]
+    with pytest.raises(JudgeError, match="HTTP 400"):
+        judge.score([pair()])
+    assert not judge.circuit.is_open
+
+
+def test_what_takes_long_is_done_when_it_loads(fake: Fake, monkeypatch: pytest.MonkeyPatch):
+    judge = RemoteJudge(fake.url)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
+    assert np.isfinite(judge.score([pair()])).all()
+
+
+def test_a_named_tokenizer_is_read_at_load_though_the_server_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[str] = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **_: read.append(name))
+    RemoteJudge("http://127.0.0.1:9,org/name", retries=0)
+    assert read == ["org/name"]
 
 
 @pytest.mark.parametrize("reply", [{}, {"scores": []}, {"scores": [[2.0, -1.0]]}, [1],
