@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
 from sglang_deepprune.metrics import RETRACTIONS, Who
 from sglang_deepprune.noise import sibling_seed
 from sglang_deepprune.patches import finish, sampling, wire
@@ -62,6 +64,8 @@ class Arrivals:
                 # Doomed, and retracted: it holds no KV and must not start again.
                 engine.dooms.end([req], req.to_finish.state)
                 return Arrival.DONE
+            if isinstance(req.to_finish, FINISH_ABORT):
+                engine.rows.extras.pop(req.rid, None)  # SGLang ends it, in no group's waiting room
             if req.rid in engine.rows.extras:
                 engine.rows.send_back(req)
                 req.time_stats.set_wait_queue_entry_time()

@@ -286,6 +286,8 @@ def process_batch_result_prefill(
     ours = _engine
     if ours is not None and ours.probes.running:
         ours.guard(ours.before_prefill_result, batch, result)
+    if ours is not None and ours.live and batch.decoding_reqs:
+        ours.guard(ours.before_mixed_result, batch, result)
     if ours is not None and ours.dooms.slots:
         ours.guard(ours.dooms.weigh_doomed, batch)
     returned = original(self, batch, result)

@@ -196,7 +196,7 @@ class Rows:
         running = {
             req.rid: place
             for place, req in enumerate(batch.reqs)
-            if self._is_extra(req) and can_be_released(req)
+            if self._is_extra(req) and can_be_released(req) and goes_on_the_same(req)
         }
         youngest = [running[rid] for rid in reversed(self.extras) if rid in running]
         places = sorted(youngest, key=lambda place: self._urgency(batch.reqs[place]))[:count]
@@ -255,6 +255,17 @@ class Rows:
             return False  # before 0.5.21 they are still in: a row is free as of the next pass
         free = self.scheduler.get_num_allocatable_reqs(len(batch.reqs))
         return bool(batch.batch_is_full or free <= 0)
+
+
+def goes_on_the_same(req: Any) -> bool:
+    """After its row was taken it goes on as if it had kept it. Not with embeddings, for which
+    `Req.reset_for_retract` drops the tokens; nor with penalties and least lengths, which
+    `sampling/penaltylib` counts from the latest prefill on. An extra of these keeps its row, as it
+    would under plain n>1."""
+    params = req.sampling_params
+    has_penalty = params.frequency_penalty or params.presence_penalty
+    has_penalty = has_penalty or params.repetition_penalty != 1 or params.min_new_tokens > 0
+    return not has_penalty and req.input_embeds is None
 
 
 def can_be_released(req: Any) -> bool:

@@ -10,7 +10,7 @@ retired there exactly once. KV is never freed here: a stopped sibling ends by `t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
@@ -99,8 +99,23 @@ class Engine:
         if tokens is None:
             return
         self.replan_lost()
+        self._see_ends(zip(batch.reqs, tokens, strict=False))
+        if self.probes.running:
+            self.probes.guard(self.probes.before_result, batch, tokens)
+
+    def before_mixed_result(self, batch: Any, result: Any) -> None:
+        """The same for the rows that decode within a prefill pass."""
+        tokens = tokens_of(batch, result)
+        if tokens is None:
+            return
+        decoding = {id(req) for req in batch.decoding_reqs}
+        rows = zip(batch.reqs, tokens, strict=False)
+        self._see_ends((req, token) for req, token in rows if id(req) in decoding)
+
+    def _see_ends(self, rows: Iterable[tuple[Any, int]]) -> None:
+        """(request, its token of this step): who ends with it votes."""
         ends: dict[str, list[End]] = {}
-        for req, token in zip(batch.reqs, tokens, strict=False):
+        for req, token in rows:
             live = self.live_of(req)
             if live is None or req.finished() or req.is_retracted:
                 continue
@@ -114,8 +129,6 @@ class Engine:
             output_ids = [*req.output_ids, token] if is_cut else list(req.output_ids)
             ends.setdefault(live.group_id, []).append(End(live.index, output_ids, is_cut))
         self._vote(ends)
-        if self.probes.running:
-            self.probes.guard(self.probes.before_result, batch, tokens)
 
     def _vote(self, ends: Mapping[str, Sequence[End]]) -> None:
         """By group: what ends in this step votes before anybody is stopped for it."""

@@ -346,6 +346,7 @@ def _scoped(ask: wire.Ask, tokenized_obj: Any) -> str:
     """A group id that only equal work can share: the client's string scoped by prompt, sampling
     settings and cache namespace, so that a guessed name alone joins nobody's group."""
     params = tokenized_obj.sampling_params
+    custom = getattr(params, "custom_params", None) or {}
     fields = getattr(params, "__struct_fields__", ())
     names = [name for name in fields if name not in ("custom_params", "sampling_seed")]
     parts = [
@@ -357,6 +358,11 @@ def _scoped(ask: wire.Ask, tokenized_obj: Any) -> str:
         repr(getattr(tokenized_obj, "cache_salt", None)),
         repr(getattr(tokenized_obj, "extra_key", None)),
         repr(getattr(tokenized_obj, "lora_id", None)),
+        # Of a session these ids are its last turn alone.
+        repr(getattr(tokenized_obj, "session_params", None)),
+        repr(getattr(tokenized_obj, "session_id", None)),
+        repr(getattr(tokenized_obj, "custom_logit_processor", None)),
+        repr(sorted((str(key), value) for key, value in custom.items() if key != wire.KEY)),
     ]
     return "c" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:31]
 

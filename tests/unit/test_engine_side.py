@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from sglang_deepprune.patches.server_args import ATTRIBUTE, Carrier
 from sglang_deepprune.types import Fill
 from tests.unit.coordinators import FakeFence
 
+schedule_batch = importlib.import_module("sglang.srt.managers.schedule_batch")
 VOCABULARY = 1 << 20
 OFF_PUT = "x^2 - y^2", "(x - y)(x + y)"  # equal for the fence alone
 
@@ -44,12 +46,14 @@ def request(ours: Engine, rid: str, group: str = "", index: int = 0, size: int =
     tag = wire.tag(group, index, size, {}, rid="stem", token=ours.token)
     params = SimpleNamespace(
         custom_params={wire.TAG: tag} if group else None, max_new_tokens=100, top_k=50,
-        sampling_seed=None, ignore_eos=False, stop_token_ids=(),
+        sampling_seed=None, ignore_eos=False, stop_token_ids=(), frequency_penalty=0.0,
+        presence_penalty=0.0, repetition_penalty=1.0, min_new_tokens=0,
     )  # fmt: skip
     return SimpleNamespace(
         rid=rid, sampling_params=params, origin_input_ids=[1, 2], output_ids=[], is_retracted=False,
         to_finish=None, finished_reason=None, finished=lambda: False, finished_output=False,
         skip_radix_cache_insert=False, eos_token_ids={9}, tokenizer=None, return_logprob=False,
+        input_embeds=None,
     )  # fmt: skip
 
 
@@ -114,6 +118,37 @@ def test_a_group_whose_last_sibling_is_aborted_in_the_queue_keeps_its_record():
     assert '"votes"' in output.finished_reason[wire.KEY] and not ours.coordinator.runs
     ours.replan_lost()
     assert not ours.pending
+
+
+def test_who_is_stopped_and_ends_in_one_mixed_pass_is_spared_and_votes():
+    """Rows that decode within a prefill pass; what only prefills has no end to see."""
+    ours = engine(preset="latency")
+    first, second, third = [request(ours, f"s{i}", "g", i, 3) for i in range(3)]
+    for one in (first, second, third):
+        ours.arrivals.arrive(one)
+        one.output_ids = [100]
+    ours._act([ours.coordinator.prune("g", 0)])
+    assert first.to_finish is not None
+    batch = SimpleNamespace(
+        reqs=[third, first, second], decoding_reqs=[first, second],
+        spec_algorithm=SimpleNamespace(is_none=lambda: True),
+    )  # fmt: skip
+    ours.before_mixed_result(batch, SimpleNamespace(next_token_ids=[9, 9, 5], copy_done=None))
+    voted = {i: one.has_voted for i, one in ours.coordinator.runs["g"].group.siblings.items()}
+    assert first.to_finish is None and voted == {0: True, 1: False, 2: False}
+
+
+def test_an_aborted_extra_that_loses_its_row_is_answered_and_not_held():
+    ours = engine(preset="balanced", base=1, widen=0.0)
+    first, second = [request(ours, f"s{i}", "g", i, 2) for i in range(2)]
+    for one in (first, second):
+        ours.arrivals.arrive(one)
+    ours.coordinator.start_extra("g", ours.coordinator.runs["g"].group.epoch)
+    ours.room.take(second)
+    ours.rows.extras[second.rid] = "g"
+    second.is_retracted, second.to_finish = True, schedule_batch.FINISH_ABORT()
+    assert ours.arrivals.arrive(second) is Arrival.RETURNS
+    assert not ours.rows.extras and not ours.room.held
 
 
 def test_the_refusal_of_a_stranger_ends_no_sibling_of_its_rid(monkeypatch: pytest.MonkeyPatch):

@@ -75,6 +75,24 @@ def test_a_group_above_its_claim_waits_for_a_vote_or_free_rows():
     assert list(ours.room.held) == ["s1"] and not ours.scheduler.waiting_queue
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("presence_penalty", 1.5), ("frequency_penalty", -0.5), ("repetition_penalty", 1.05),
+     ("min_new_tokens", 8), ("input_embeds", [[0.0]])],
+)  # fmt: skip
+def test_an_extra_that_would_not_go_on_the_same_keeps_its_row(name: str, value: Any):
+    ours = engine(preset="balanced", base=1, widen=0.0)
+    extras = siblings(ours, 3)[1:]
+    for one in extras:
+        ours.coordinator.start_extra("g", ours.coordinator.runs["g"].group.epoch)
+        ours.room.take(one)
+        ours.rows.extras[one.rid] = "g"
+    batch = Batch(ours, extras, fits=2)
+    setattr(extras[1] if name == "input_embeds" else extras[1].sampling_params, name, value)
+    assert ours.rows.yield_rows(batch, 2) == 1
+    assert batch.reqs == [extras[1]] and list(ours.room.held) == [extras[0].rid]
+
+
 def test_a_strangers_row_is_not_taken_for_the_siblings_whose_rid_it_bears():
     ours = engine(preset="latency")
     first, second = siblings(ours, 2)  # the second waits in SGLang's queue

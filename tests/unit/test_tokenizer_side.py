@@ -131,6 +131,29 @@ def test_dp_attention_is_refused_where_verdicts_reach_one_rank_alone(
         server_args.refuse_unproven_modes(args)
 
 
+def test_a_name_joins_no_other_session_processor_or_parameters_of_the_callers():
+    def group_of(own: dict[str, Any], **more: Any) -> str:
+        custom = {"deepprune": {"group": "k", "size": 2}, **own}
+        one = SimpleNamespace(
+            sampling_params=SimpleNamespace(custom_params=custom), rid="r", input_ids=[1, 2],
+            mm_inputs=None, input_embeds=None, **more,
+        )  # fmt: skip
+        tokenizer_manager.send_batch_request(lambda self, sent: sent, manager(), [one])
+        return str(one.sampling_params.custom_params["__deepprune"]["gid"])
+
+    session = importlib.import_module("sglang.srt.managers.io_struct").SessionParams
+    plain = group_of({})
+    others = [
+        group_of({}, session_params=session(id="a")),
+        group_of({}, session_params=session(id="b")),
+        group_of({}, session_id="a"), group_of({}, custom_logit_processor="x"),
+        group_of({"budget": 8}), group_of({"budget": 9}),
+    ]  # fmt: skip
+    assert len({plain, *others}) == len(others) + 1
+    assert group_of({}) == plain and group_of({"budget": 8}) == others[-2]
+    assert group_of({}, session_params=session(id="a")) == others[0]
+
+
 def test_a_batch_of_prompts_as_token_ids_is_tagged_as_single_requests_are():
     def single(custom: Any) -> Any:
         params = SimpleNamespace(custom_params=custom)
