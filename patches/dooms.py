@@ -66,8 +66,23 @@ class Dooms:
         if slots and state in (State.PRUNED, State.DECIDED):
             self.engine.meter.count(FREED_SLOTS, slots, Stopped(state.value))
 
-    def take_from_queue(self, req: Any) -> bool:
-        """Out of SGLang's waiting or grammar queue, if it is in one and owns nothing.
+    def take_from_queues(self, reqs: Sequence[Any]) -> set[int]:
+        """Out of SGLang's waiting and grammar queue; the ids of those that were in one and own
+        nothing. One walk for all: a queue may be as long as a group is large."""
+        wanted = {id(req) for req in reqs if self._owns_nothing(req)}
+        taken: set[int] = set()
+        if not wanted:
+            return taken
+        grammar = getattr(self.scheduler.grammar_manager, "grammar_queue", [])
+        for queue in (self.scheduler.waiting_queue, grammar):
+            found = wanted.intersection(map(id, queue))
+            if found:
+                queue[:] = [req for req in queue if id(req) not in found]
+                taken |= found
+        return taken
+
+    def _owns_nothing(self, req: Any) -> bool:
+        """It may be in a queue, and has no pages there.
 
         One that has been given a mamba slot ends by `to_finish`, at its prefill, as does one with a
         storage prefetch where SGLang has no release for it yet (before 0.5.20).
@@ -78,15 +93,7 @@ class Dooms:
         old = not hasattr(self.scheduler, "_release_aborted_request")
         if old and getattr(self.scheduler, "enable_hicache_storage", False):
             return False
-        if req.output_ids and not req.is_retracted:
-            return False  # it runs: spare the walk through the queue
-        grammar = getattr(self.scheduler.grammar_manager, "grammar_queue", [])
-        for queue in (self.scheduler.waiting_queue, grammar):
-            for place, waiting in enumerate(queue):
-                if waiting is req:
-                    del queue[place]
-                    return True
-        return False
+        return not req.output_ids or bool(req.is_retracted)  # else it runs: spare the walk
 
     def end(self, reqs: Sequence[Any], state: State) -> None:
         """End siblings that hold no row: one terminal output each, with what it has."""

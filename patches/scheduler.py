@@ -16,7 +16,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
-from sglang_deepprune.actions import Action, Command, End, Fork, Retired, Start
+from sglang_deepprune.actions import Action, Command, End, Fork, Retired, Start, Stop
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
 from sglang_deepprune.group import State
@@ -215,8 +215,7 @@ class Engine:
         self.log_tables()
 
     def _act(self, actions: Sequence[Action]) -> None:
-        ended: dict[State, list[Any]] = {}
-        num_stopped = 0
+        stops: list[tuple[Any, Stop]] = []
         for action in actions:
             req = self.req_of(action.group_id, action.index)
             if req is None:
@@ -229,16 +228,24 @@ class Engine:
                     was_shed = action.group_id in self.pressure.shed
                     (self.room.queue_last if was_shed else self.room.queue)(req)
                 continue
-            num_stopped += 1
-            if self.room.take(req) or self.dooms.take_from_queue(req):
-                ended.setdefault(action.state, []).append(req)
-            elif not req.finished() and not isinstance(req.to_finish, FINISH_ABORT):
-                self.dooms.doom(req, action)
-        for state, reqs in ended.items():
-            self.dooms.end(reqs, state)
+            stops.append((req, action))
+        self._stop(stops)
         for group_id in {action.group_id for action in actions}:
             self._let_go(group_id)
-        self.steps.doomed(num_stopped)
+        self.steps.doomed(len(stops))
+
+    def _stop(self, stops: Sequence[tuple[Any, Stop]]) -> None:
+        """Whoever is held or queued ends now, whoever runs when its step is processed."""
+        waiting = {id(req) for req, _ in stops if self.room.take(req)}
+        waiting |= self.dooms.take_from_queues([req for req, _ in stops if id(req) not in waiting])
+        ended: dict[State, list[Any]] = {}
+        for req, stop in stops:
+            if id(req) in waiting:
+                ended.setdefault(stop.state, []).append(req)
+            elif not req.finished() and not isinstance(req.to_finish, FINISH_ABORT):
+                self.dooms.doom(req, stop)
+        for state, reqs in ended.items():
+            self.dooms.end(reqs, state)
 
     def prune(self, group_id: str, index: int) -> None:
         """End a sibling that was just taken off its row."""
