@@ -47,7 +47,7 @@ def test_trained_and_asked_over_a_second_server_the_scores_are_the_same(judge_se
 def test_it_prunes_in_a_server(judge_server: Server, kind: str):
     target = lm_judge.trained() if kind == "llm" else judge_server.url
     flags = (*COMMON, "--deepprune-judge", f"{kind}:{target}", "--deepprune-judge-deadline-ms",
-             "30000")  # fmt: skip
+             "60000")  # fmt: skip
     with Server(model_path(), *flags, max_total_tokens=40000) as server:
         pruned = calls = 0
         for question in questions(seed=11, count=20):  # the first ones while the judge still loads
