@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -42,12 +43,12 @@ def has_gpu() -> bool:
 
 
 def free_port() -> int:
-    """Low enough for what SGLang adds to it (up to 10,000, for ZMQ and gRPC)."""
+    """Below those that Linux gives to outgoing connections: SGLang binds it some twenty seconds
+    later. And low enough for what SGLang adds to it (up to 10,000, for ZMQ and gRPC)."""
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port <= 65_535 - 10_001:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
             return port
 
 

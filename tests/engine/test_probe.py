@@ -306,7 +306,7 @@ def test_probes_give_way_when_rows_or_kv_are_short(tiny: Path, probe_env: Any, p
     tight = ("--max-running-requests", "8", "--schedule-conservativeness", "0.1")
     env = {**probe_env, "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
     with Server(tiny, *flags, *tight, env=env, max_total_tokens=1600) as server:
-        for _ in range(3):
+        for _ in range(9):  # on a busy machine a probe may have ended before anybody came
             thread, replies = in_background(server, {"text": LONG, "sampling_params": params})
             while thread.is_alive() and server_load(server)["num_running_reqs"] < 6:
                 time.sleep(0.005)
@@ -319,7 +319,10 @@ def test_probes_give_way_when_rows_or_kv_are_short(tiny: Path, probe_env: Any, p
                 assert not other.is_alive()
             assert states(replies[0].json()) == ["finished"] * 6
             settle(server)
-        assert server.log_lines("deepprune-counts")[-1]["probes_taken"] > 0
+            num_taken = server.log_lines("deepprune-counts")[-1]["probes_taken"]
+            if num_taken > 0:
+                break
+        assert num_taken > 0
 
 
 def stranger(server: Server) -> None:
