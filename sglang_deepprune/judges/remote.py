@@ -206,7 +206,7 @@ class RemoteJudge:
         self._http.until = time.monotonic() + _LOAD_S
         try:
             _ = self.prompts
-        except JudgeError:
+        except Exception:  # whatever it was, the first call meets it too and tells of it
             if self._tokenizer:
                 with contextlib.suppress(JudgeError):
                     _tokenizer(self._tokenizer)  # on this machine by now, whoever asks again
@@ -222,8 +222,8 @@ class RemoteJudge:
             source = self._tokenizer or model.get("tokenizer_path")
             if not isinstance(source, str) or not source:
                 raise JudgeError("the judge's server names no tokenizer; use remote:URL,TOKENIZER")
-            settings = load_settings(source)
-            self._prompts = PromptWriter(_tokenizer(source), settings, _most_tokens(server))
+            tokenizer = _tokenizer(source)  # first: it refuses what is no name of a folder
+            self._prompts = PromptWriter(tokenizer, load_settings(source), _most_tokens(server))
         return self._prompts
 
     def forget(self, group_ids: Sequence[str]) -> None:

@@ -184,7 +184,7 @@ def test_any_scores_are_probabilities_or_an_error(value: Any):
         def send(self, path: str, body: Any = None) -> Any:
             return value
 
-    judge = RemoteJudge("http://127.0.0.1:9", circuit=Circuit(limit=10**9))
+    judge = RemoteJudge("http://127.0.0.1:9", retries=0, circuit=Circuit(limit=10**9))
     judge._http = Told("http://127.0.0.1:9")
     judge._prompts = _Labels()  # type: ignore[assignment]
     try:
@@ -209,8 +209,9 @@ def test_a_server_that_says_nonsense_of_itself_is_a_fault(
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as in its process
     hostile.info, hostile.server_info = info if info is not None else "null", server_info
+    judge = RemoteJudge(hostile.url, retries=0)  # it loads all the same
     with pytest.raises(JudgeError):
-        RemoteJudge(hostile.url, retries=0).score(one_pair())
+        judge.score(one_pair())
 
 
 @pytest.mark.parametrize("limit", ["x", math.nan, math.inf, -5, 0, True, [1], 10**400, None])
