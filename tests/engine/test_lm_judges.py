@@ -14,6 +14,7 @@ import pytest
 
 from sglang_deepprune.judges import load_judge
 from sglang_deepprune.judges.llm import LLMJudge
+from sglang_deepprune.judges.remote import Refused, RemoteJudge
 from sglang_deepprune.local_server import has_gpu
 from sglang_deepprune.reasoner import model_path, questions
 from sglang_deepprune.types import Pair, Trace
@@ -41,6 +42,18 @@ def test_trained_and_asked_over_a_second_server_the_scores_are_the_same(judge_se
     assert np.abs(here - there).max() <= 1e-3
     truth = np.array(labels)
     assert there[truth].mean() > there[~truth].mean() + 0.5
+
+
+def test_a_long_prompt_is_cut_to_what_a_server_takes_that_names_no_context(judge_server: Server):
+    assert judge_server.get("/server_info")["context_length"] is None
+    long = [Trace(i, "it is east . " * 200, 800, "tokens") for i in range(2)]
+    judge = RemoteJudge(judge_server.url)
+    assert np.isfinite(judge.score([Pair(long[0], long[1])])).all()
+    judge.prompts._room += 2  # a token a trace
+    for _ in range(judge.circuit.limit):
+        with pytest.raises(Refused):
+            judge.score([Pair(long[0], long[1])])
+    assert not judge.circuit.is_open
 
 
 @pytest.mark.parametrize("kind", ["llm", "remote"])

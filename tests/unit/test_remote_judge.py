@@ -122,11 +122,14 @@ def test_a_prompt_is_cut_to_what_the_server_takes(fake: Fake, context_length: in
 
 
 def test_what_the_server_refuses_is_no_failure_of_the_server(fake: Fake):
-    judge = RemoteJudge(fake.url, circuit=Circuit(limit=1))
+    judge = RemoteJudge(fake.url, retries=0, circuit=Circuit(limit=1))
     fake.errors = [400, 500]
     with pytest.raises(JudgeError, match="HTTP 400"):
         judge.score([pair()])
     assert not judge.circuit.is_open
+    with pytest.raises(JudgeError, match="HTTP 500"):
+        judge.score([pair()])
+    assert judge.circuit.is_open
 
 
 def test_what_takes_long_is_done_when_it_loads(fake: Fake, monkeypatch: pytest.MonkeyPatch):
