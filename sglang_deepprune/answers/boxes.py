@@ -62,6 +62,8 @@ def read_boxes(text: str) -> Boxes:
     """The answer that the last group of boxes gives."""
     offset = max(0, len(text) - _MAX_CHARS)
     tail = text[offset:]
+    if "box" not in tail and "oxed" not in tail:
+        return Boxes(None)  # a tenth of the time, for most of what is cut
     found, is_cut = _scan(tail)
     if is_cut:
         return Boxes(None, is_refused=True)

@@ -8,6 +8,7 @@ makes everything before it reasoning. A block that is never closed is a cut trac
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _TAGS = r"(?:\w{1,12}:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|scratchpad|reflection|analysis)"
@@ -41,7 +42,7 @@ def split_reasoning(text: str, *, starts_inside: bool = False) -> Split:
     outside: list[str] = []
     inside: list[str] = []
     is_open, position = starts_inside, 0
-    for mark in _MARK.finditer(text):
+    for mark in _marks(text):
         if mark["open"] is not None and is_open:
             continue
         span = text[position : mark.start()]
@@ -60,7 +61,12 @@ def split_reasoning(text: str, *, starts_inside: bool = False) -> Split:
 
 def marks(text: str) -> list[bool]:
     """For each mark in the text, in order, whether it opens the thinking."""
-    return [mark["open"] is not None for mark in _MARK.finditer(text)]
+    return [mark["open"] is not None for mark in _marks(text)]
+
+
+def _marks(text: str) -> Iterator[re.Match[str]]:
+    """Nothing is searched where no mark can begin."""
+    return _MARK.finditer(text) if any(c in text for c in "<[◁") else iter(())
 
 
 def begins_mark(token: str) -> bool:

@@ -14,11 +14,11 @@ from sglang_deepprune.answers import cues
 from sglang_deepprune.answers.canonical import canonical, exact_value
 from sglang_deepprune.answers.expression import Unreadable, parse
 from sglang_deepprune.answers.folding import fold
+from sglang_deepprune.answers.places import caseless, last_matches
 from sglang_deepprune.answers.quantity import clock, measure
 
 _MAX_CHARS = 16_384
 _MAX_STATEMENT = 400
-_MAX_CANDIDATES = 64
 _MAX_WORDS = 12
 _DISPLAY = re.compile(r"(?:\\\[|\$\$)\s*(.{1,300}?)\s*(?:\\\]|\$\$)", re.DOTALL)
 _INLINE = re.compile(r"(?:\\\((.{1,200}?)\\\)|\$([^$\n]{1,200})\$)(?!\d)")
@@ -44,6 +44,11 @@ _RUN = re.compile(r"\s{9,}")
 _LEADING_LABEL = re.compile(r"[*_([]{0,4}([A-J])[*_)\].]{0,5}[ \t]*(?:\n\s*\n|$)")
 _QUOTED = re.compile(r"```\w*\n(.{1,200}?)\n?```|[>=→⇒∴]+\s*(.{1,200})", re.DOTALL)
 _BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*")
+_TIERS = (
+    (cues.ANSWER, cues.ANSWER_WORDS),
+    (cues.RESULT, cues.RESULT_WORDS),
+    (cues.TENTATIVE, cues.TENTATIVE_WORDS),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +62,11 @@ class Statement:
 def find_statement(text: str, *, is_cut: bool) -> Statement | None:
     """The last explicit answer statement; of a cut text only one that was finished."""
     text = _DISPLAY_BLOCK.sub(_displayed, _RUN.sub(_shortened, text[-_MAX_CHARS:]))
-    for pattern in (cues.ANSWER, cues.RESULT, cues.TENTATIVE):
-        matches = list(pattern.finditer(text))[-_MAX_CANDIDATES:]
+    folded = caseless(text)
+    for pattern, words in _TIERS:
         if pattern is cues.TENTATIVE and is_cut:
             return None
-        for match in reversed(matches):
+        for match in reversed(last_matches(pattern, words, text, folded)):
             if cues.NOT_STATED.search(text[max(0, match.start() - 30) : match.start()]):
                 continue
             is_pick = pattern is cues.RESULT
@@ -70,7 +75,7 @@ def find_statement(text: str, *, is_cut: bool) -> Statement | None:
                 return found
         if (
             pattern is cues.ANSWER
-            and (first := _value_first(text) or _label_first(text)) is not None
+            and (first := _value_first(text, folded) or _label_first(text, folded)) is not None
         ):
             return first
     return None
@@ -85,19 +90,21 @@ def _shortened(run: re.Match[str]) -> str:
     return "\n\n" if "\n" in run[0] else "  "
 
 
-def _value_first(text: str) -> Statement | None:
+def _value_first(text: str, folded: str) -> Statement | None:
     """`Thus 4 is the answer`."""
-    for match in reversed(list(cues.VALUE_FIRST.finditer(text))[-_MAX_CANDIDATES:]):
+    matches = last_matches(cues.VALUE_FIRST, cues.VALUE_FIRST_WORDS, text, folded)
+    for match in reversed(matches):
         before = re.split(r"[.\n]", text[max(0, match.start() - 30) : match.start()])[-1]
         if not cues.NOT_STATED.search(before) and not cues.WONDERED.search(before):
             return _checked(match[1].strip("$").removeprefix(r"\(").removesuffix(r"\)"), True)
     return None
 
 
-def _label_first(text: str) -> Statement | None:
+def _label_first(text: str, folded: str) -> Statement | None:
     """`Option B is correct`."""
-    *_, label = [None, *cues.LABEL_FIRST.finditer(text)]
-    *_, labels = [None, *cues.LABELS_FIRST.finditer(text)]
+    words = cues.LABEL_FIRST_WORDS
+    *_, label = [None, *last_matches(cues.LABEL_FIRST, words, text, folded)]
+    *_, labels = [None, *last_matches(cues.LABELS_FIRST, words, text, folded)]
     if labels is not None and (label is None or labels.end() >= label.end()):
         return Statement(option(labels[1]) or labels[1], "letter")
     return None if label is None else Statement(label[1], "letter")
