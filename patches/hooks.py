@@ -14,6 +14,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import AbortReq
 
+from sglang_deepprune.faults import told
 from sglang_deepprune.patches import output, sampling, server_args, tokenizer_manager, wire
 from sglang_deepprune.patches.arrivals import Arrival
 from sglang_deepprune.patches.build import agreed, build_engine, start_judge_early
@@ -127,8 +128,8 @@ def get_internal_state(result: Any, self: Any, *args: Any, **kwargs: Any) -> Non
     if ours is not None:
         try:  # not `guard`: nothing was acted on, so no group need be given up
             state[wire.KEY] = describe(ours)
-        except Exception:
-            logger.exception("deepprune: its state cannot be told")
+        except Exception as error:
+            logger.error("deepprune: its state cannot be told: %s", told(error))
 
 
 def abort_on_waiting_timeout(original: Callable[..., Any], self: Any) -> Any:

@@ -28,6 +28,7 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
 from sglang_deepprune import probing
 from sglang_deepprune.actions import Fork
+from sglang_deepprune.faults import told
 from sglang_deepprune.metrics import HOOK_ERRORS
 from sglang_deepprune.patches import sampling
 from sglang_deepprune.patches.fork import ProbeReq
@@ -102,7 +103,7 @@ class Probes:
             self.engine.meter.count(HOOK_ERRORS)
             if not self._off:
                 self._off = f"{step.__name__} raised {type(error).__name__}"
-                logger.exception("deepprune: probe: %s; no more probes", self._off)
+                logger.error("deepprune: probe: %s; no more probes: %s", self._off, told(error))
             with contextlib.suppress(Exception):
                 for key in list(self.wishes):
                     self._drop_wish(key, self._off)

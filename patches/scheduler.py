@@ -19,6 +19,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang_deepprune.actions import Action, Command, End, Fork, Retired, Start, Stop
 from sglang_deepprune.config import DeepPruneConfig
 from sglang_deepprune.coordinator import Coordinator
+from sglang_deepprune.faults import told
 from sglang_deepprune.group import State
 from sglang_deepprune.metrics import HOOK_ERRORS
 from sglang_deepprune.patches import finish, sampling
@@ -132,9 +133,10 @@ class Engine:
 
     def _vote(self, ends: Mapping[str, Sequence[End]]) -> None:
         """By group: what ends in this step votes before anybody is stopped for it."""
+        num_ends = sum(map(len, ends.values()))
         for group_id, some in ends.items():
             self.at = group_id
-            self._act(self.coordinator.vote(group_id, some))
+            self._act(self.coordinator.vote(group_id, some, num_ends))
 
     def before_prefill_result(self, batch: Any, result: Any) -> None:
         """Probes in a prefill batch: their first token is known."""
@@ -172,16 +174,17 @@ class Engine:
         try:
             self.outbox += self.coordinator.poll()
             fills = self.rows.wanted()
-        except Exception:
+        except Exception as error:
             self.meter.count(HOOK_ERRORS)
             if "poll" not in self._faults:
                 self._faults.add("poll")
-                logger.exception("deepprune: polling judge, fence or free rows failed")
+                logger.error("deepprune: polling judge, fence or free rows failed: %s", told(error))
         return [*self.outbox, *fills]
 
     def apply(self, commands: Sequence[Command | Fill]) -> None:
         """Every rank, at the top of the same loop iteration."""
-        self.outbox = [command for command in self.outbox if command not in commands]
+        seen = set(commands)
+        self.outbox = [command for command in self.outbox if command not in seen]
         for command in commands:
             if isinstance(command, Fill):
                 self.rows.take(command)
@@ -404,7 +407,8 @@ class Engine:
             kind = f"{step.__name__}: {type(error).__name__}"
             if kind not in self._faults:
                 self._faults.add(kind)
-                logger.exception("deepprune: %s; live groups run on as plain sampling", kind)
+                text = "deepprune: %s; live groups run on as plain sampling: %s"
+                logger.error(text, kind, told(error))
             self._abandon(self.at)
             return None
 

@@ -21,7 +21,7 @@ from sglang_deepprune import policy
 from sglang_deepprune.actions import Action, Admission, Command, End, Retired, Start, Stop
 from sglang_deepprune.answers import Fence, extract
 from sglang_deepprune.config import DeepPruneConfig
-from sglang_deepprune.ending import EndingReader
+from sglang_deepprune.ending import EndingReader, tail_tokens
 from sglang_deepprune.group import Group, Sibling, State
 from sglang_deepprune.handover import Handover
 from sglang_deepprune.judging import JudgeWorker
@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 HOLD_LIMIT_S = 2.0  # the longest that a finished group's last output waits for the fence
 MOST_MEMBERS = 4096  # of a client-side group; whoever comes later is a plain request
-MOST_AWAITED = 65_536  # siblings of all client-side groups: one request may announce thousands
+# Siblings of all client-side groups: one request may announce thousands, and name as many groups.
+MOST_AWAITED = 65_536
+MOST_CLOSED = 64  # client-side groups whose time is out, in one step
 
 _GREEDY = (
     "deepprune: the siblings of a group at temperature 0 are one and the same trace; what stopping "
@@ -118,7 +120,7 @@ class Coordinator:
             return None
         if run is not None and run.over_s is not None:
             return None  # its last output waits for the fence alone
-        if run is None and index == ABSENT and self._num_awaited + size > MOST_AWAITED:
+        if run is None and index == ABSENT and self._num_awaited + max(1, size) > MOST_AWAITED:
             return None
         if run is None:
             run = self._open(group_id, index, size, settings, max_new_tokens)
@@ -165,7 +167,7 @@ class Coordinator:
         group.is_closed = size > 0
         reader = TraceReader(group, self.read)
         run = Run(group, reader, max_tokens, is_client_side=index == ABSENT)
-        self._num_awaited += size if run.is_client_side else 0
+        self._num_awaited += max(1, size) if run.is_client_side else 0
         self.runs[group_id] = run
         return run
 
@@ -196,18 +198,22 @@ class Coordinator:
             if is_window:
                 self.handover.look(run)
 
-    def vote(self, group_id: str, ends: Sequence[End]) -> list[Action]:
+    def vote(self, group_id: str, ends: Sequence[End], step_ends: int = 0) -> list[Action]:
         """The siblings that end in this step, in the batch's order: their ballots, and what follows
-        from all of them. The policy is asked once: it looks at every sibling of the group."""
+        from all of them. The policy is asked once: it looks at every sibling of the group.
+
+        `step_ends`: how many end in this step in all groups; they share what a step reads.
+        """
         run = self.runs.get(group_id)
         if run is None:
             return []
         fresh = [end for end in ends if not run.group.siblings[end.index].has_voted]
+        num_ends = max(step_ends, len(ends))
         for end in fresh:
-            self._count(run, end)
+            self._count(run, end, tail_tokens(num_ends, end.is_cut))
         return self._replan(run) if fresh else []
 
-    def _count(self, run: Run, end: End) -> None:
+    def _count(self, run: Run, end: End, tail: int) -> None:
         """One ballot."""
         group = run.group
         sibling = group.siblings[end.index]
@@ -215,7 +221,10 @@ class Coordinator:
         sibling.num_tokens = len(end.output_ids)
         field = group.config.answer_field or None
         ending = self.endings.read(
-            end.output_ids, starts_inside=run.starts_in_reasoning, is_whole=field is not None
+            end.output_ids,
+            starts_inside=run.starts_in_reasoning,
+            is_whole=field is not None,
+            tail=tail,
         )
         found = None
         if ending is not None:
@@ -258,17 +267,19 @@ class Coordinator:
         commands += self.questions.poll()
         if self.judge is not None:
             commands += self.judge.poll()
-        now = self.clock()
+        now, num_closed = self.clock(), 0
         for group_id, run in self.runs.items():
             epoch = run.group.epoch
             if run.over_s is not None and now - run.over_s > HOLD_LIMIT_S:
                 run.over_s = now
                 commands.append(Expire(group_id, epoch))
-            if now - run.touched_s > self.config.group_timeout_s:
+            is_late = now - run.touched_s > self.config.group_timeout_s
+            if is_late and num_closed < MOST_CLOSED:
                 is_awaited = run.is_awaited  # looks at every sibling
                 run.touched_s = now if is_awaited else math.inf  # until `admit` touches it again
                 if is_awaited:
                     commands.append(Close(group_id, epoch))
+                    num_closed += 1
         return commands
 
     def tidy(self) -> None:
@@ -391,7 +402,7 @@ class Coordinator:
         """The group is gone; whatever is still asked for it is asked no more."""
         run = self.runs.pop(group_id, None)
         if run is not None and run.is_client_side:
-            self._num_awaited -= run.group.size
+            self._num_awaited -= max(1, run.group.size)
         if self.judge is not None:
             self.judge.drop(group_id)
         self.questions.forget(group_id)

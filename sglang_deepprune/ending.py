@@ -1,10 +1,11 @@
 """The end of a trace, which is searched for an answer, and whether it begins in the thinking.
 
 An answer stands at a trace's end, and to decode more than the end would cost a step: so TAIL_TOKENS
-are read. What stands there is an intermediate value if a thinking block is open around it, and the
-mark that opened or closed the block may lie far in front. It is looked for in the ids, where a mark
-is a token of its own (set against runs of ids, about half a millisecond for 30,000 tokens); else in
-so much text as a step can spare, and only where the trace began with thinking.
+are read, and less of each where many end at once (`tail_tokens`). What stands there is an
+intermediate value if a thinking block is open around it, and the mark that opened or closed the
+block may lie far in front. It is looked for in the ids, where a mark is a token of its own (set
+against runs of ids, about half a millisecond for 30,000 tokens); else in so much text as a step can
+spare, and only where the trace began with thinking.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from itertools import islice
 from typing import Any
 
 from sglang_deepprune.answers.reasoning import begins_mark, marks
-from sglang_deepprune.config import MOST_CUT_TOKENS
 
 TAIL_TOKENS = 2048
-TAIL_CHARS = 32_768  # a token may be a run of a hundred spaces
+_WHOLE_TAILS = 8  # an object is as long as so many tails, at most
+_TOKEN_CHARS = 16  # a token may be a run of a hundred spaces
+TAIL_CHARS = TAIL_TOKENS * _TOKEN_CHARS
+STEP_TOKENS = 16_384  # shared by all that end in one step: a few milliseconds
+LEAST_TAIL_TOKENS = 256
+LEAST_CUT_TOKENS = 64  # of a trace that was cut off: few of them say anything
 _MARK_TOKENS = 16  # a mark at most, token by token
 _MOST_LOOKS = 16  # tokens that only look like a mark, decoded before the walk gives up
 _RUN_TOKENS = 1024  # walked one by one where a mark may stand among them
 _START_TOKENS = 64  # of a trace, in which a model opens its thinking
-_BLOCK_TOKENS = 2048
-_MOST_BLOCKS = 4  # decoded for a mark of several tokens, about 6 ms
+_MOST_BLOCKS = 4  # tails, decoded for a mark of several tokens, about 6 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,12 @@ class Ending:
 
     text: str
     is_inside: bool
+
+
+def tail_tokens(num_ends: int, is_cut: bool) -> int:
+    """How much is read of a trace that ends in one step with others; the same on every rank."""
+    least = LEAST_CUT_TOKENS if is_cut else LEAST_TAIL_TOKENS
+    return max(least, min(TAIL_TOKENS, STEP_TOKENS // max(1, num_ends)))
 
 
 class EndingReader:
@@ -51,7 +61,12 @@ class EndingReader:
         self._mark_ids = frozenset(mark_ids)
 
     def read(
-        self, output_ids: Sequence[int], *, starts_inside: bool, is_whole: bool = False
+        self,
+        output_ids: Sequence[int],
+        *,
+        starts_inside: bool,
+        is_whole: bool = False,
+        tail: int = TAIL_TOKENS,
     ) -> Ending | None:
         """The end of a trace.
 
@@ -63,24 +78,27 @@ class EndingReader:
             The prompt has opened the thinking block.
         is_whole : bool
             What stands outside the thinking is wanted from its beginning: half a JSON object holds
-            other objects, whose fields are no answer. None then: it is too long, MOST_CUT_TOKENS or
+            other objects, whose fields are no answer. None then: it is too long, eight tails or
             TAIL_CHARS.
+        tail : int
+            Tokens of the end, at most TAIL_TOKENS.
         """
-        cut = max(0, len(output_ids) - TAIL_TOKENS)
+        cut = max(0, len(output_ids) - tail)
         is_inside, start = starts_inside, 0
         if cut:
-            is_inside, start = self._at(output_ids, cut, starts_inside)
+            is_inside, start = self._at(output_ids, cut, starts_inside, tail)
         if is_whole and not is_inside:
             cut = start
-            if len(output_ids) - cut > MOST_CUT_TOKENS:
+            if len(output_ids) - cut > _WHOLE_TAILS * tail:
                 return None
         text = self._decode(output_ids[cut:])
-        if len(text) <= TAIL_CHARS:
+        chars = TAIL_CHARS if is_whole else tail * _TOKEN_CHARS
+        if len(text) <= chars:
             return Ending(text, is_inside)
-        *_, last = [is_inside, *marks(text[:-TAIL_CHARS])]
-        return None if is_whole and not last else Ending(text[-TAIL_CHARS:], last)
+        *_, last = [is_inside, *marks(text[:-chars])]
+        return None if is_whole and not last else Ending(text[-chars:], last)
 
-    def _at(self, ids: Sequence[int], cut: int, starts_inside: bool) -> tuple[bool, int]:
+    def _at(self, ids: Sequence[int], cut: int, starts_inside: bool, tail: int) -> tuple[bool, int]:
         """Whether the thinking is open at `cut`; and where the mark that says so stands, or a place
         not far in front of it."""
         for place in islice(self._places(ids, cut), _MOST_LOOKS):
@@ -93,10 +111,10 @@ class EndingReader:
         if not is_inside or (self._mark_ids and not spelled):
             return is_inside, 0
         for block in range(_MOST_BLOCKS):
-            end = cut - block * _BLOCK_TOKENS
+            end = cut - block * tail
             if end <= 0:
                 break
-            start = max(0, end - _BLOCK_TOKENS)
+            start = max(0, end - tail)
             found = marks(self._decode(ids[start : end + _MARK_TOKENS]))
             if found:
                 return found[-1], start

@@ -7,6 +7,8 @@ from typing import Any
 from sglang_deepprune import policy
 from sglang_deepprune.group import Group
 
+CANARY = "forty-two-and-a-half"
+
 
 def register() -> None:
     """Entry point of the group `sglang.srt.plugins`."""
@@ -14,7 +16,7 @@ def register() -> None:
 
     def plan(group: Group, *args: Any, **kwargs: Any) -> Any:
         if group.num_voted == 3:
-            raise ZeroDivisionError("a bug")
+            raise KeyError(f"an answer: {CANARY}")  # as careless code would quote it
         return real(group, *args, **kwargs)
 
     policy.plan = plan

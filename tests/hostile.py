@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 STEP_LIMIT_MS = 50.0  # of whatever runs in a decode step or on an event loop
-BUSY = 4.0
+BUSY = 2.0
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True, database=None,
                  suppress_health_check=list(HealthCheck))  # fmt: skip

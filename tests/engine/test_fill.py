@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import bench_plugin
 from sglang_deepprune import metrics
+from tests import faulty_policy
 from tests.engine import scenario
 from tests.engine.conftest import COMMON, MARKER
 from tests.engine.counters import scrape
@@ -105,6 +106,8 @@ def test_a_fault_of_ours_is_logged_once_and_every_sibling_runs_to_its_end(
             group = outputs[0]["meta_info"]["deepprune"]["group"]
             assert group["active"] is False
         assert server.log.count("live groups run on as plain sampling") == 1
+        assert "KeyError at" in server.log and "faulty_policy.py" in server.log
+        assert faulty_policy.CANARY not in server.log
         server.wait_idle()
         counted = scrape(server)
         assert counted.of(metrics.GROUPS) == {"abandoned": 2}

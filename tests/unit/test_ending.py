@@ -83,8 +83,8 @@ def test_a_long_trace_is_not_walked_token_by_token():
     assert ending is not None and not ending.is_inside and ids.looks <= 1024
     for place in range(2048):  # wherever in a run it stands
         ids = Ids([OPEN, *[0] * place, CLOSE, *LONG])
-        assert reader._at(ids, place + 2, False) == (False, place + 1)
-        assert reader._at(ids, place + 1, False) == (True, 0)
+        assert reader._at(ids, place + 2, False, TAIL_TOKENS) == (False, place + 1)
+        assert reader._at(ids, place + 1, False, TAIL_TOKENS) == (True, 0)
 
 
 def test_a_channel_is_told_by_the_word_behind_it():

@@ -18,7 +18,7 @@ from sglang_deepprune.judges.probe_server import ProbeServerJudge
 from sglang_deepprune.judges.remote import Circuit, Http, RemoteJudge
 from sglang_deepprune.types import Pair
 from tests import lm_judge
-from tests.hostile import BUSY, QUICK, json_values
+from tests.hostile import QUICK, json_values
 from tests.unit.fake_http import FakeHandler, FakeServer, running
 from tests.unit.test_hostile_judges import pairs_of
 
@@ -168,7 +168,7 @@ def test_a_reply_that_is_none_is_a_fault_within_its_time(hostile: Hostile, name:
         start = time.monotonic()
         with pytest.raises(JudgeError) as caught:
             judge.score(one_pair())
-        assert time.monotonic() - start < 0.8 * BUSY
+        assert time.monotonic() - start < 4 * 0.8  # of wall time: other work on the machine counts
         assert "east" not in str(caught.value) and "west" not in str(caught.value)
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown_mib < 200, f"{grown_mib:.0f} MiB"

@@ -11,7 +11,8 @@ import pytest
 from sglang_deepprune import reading
 from sglang_deepprune.actions import End
 from sglang_deepprune.config import MOST_CUT_TOKENS, DeepPruneConfig
-from sglang_deepprune.coordinator import MOST_AWAITED, MOST_MEMBERS, Coordinator
+from sglang_deepprune.coordinator import MOST_AWAITED, MOST_CLOSED, MOST_MEMBERS, Coordinator
+from sglang_deepprune.ending import LEAST_TAIL_TOKENS, TAIL_TOKENS, tail_tokens
 from sglang_deepprune.group import State
 from sglang_deepprune.reading import MOST_CUTS, READ_TOKENS
 from sglang_deepprune.record import MOST_RUNNING_VOTES
@@ -214,17 +215,67 @@ def test_a_vote_takes_part_of_a_step(size: int):
     assert slowest < BUSY * STEP_LIMIT_MS, f"{slowest:.0f} ms"
 
 
-@pytest.mark.parametrize("num_answers", [1, 10, 512])
-def test_a_whole_group_may_end_in_one_step(num_answers: int):
-    """512 siblings of one length: the policy is asked once, not once a sibling."""
-    size = 512
+PROSE = "We see that this is so for each of the cases, and so on. "
+TALK = "the answer of "  # a cue at every third word, and nothing said
+# How long a trace goes on about it.
+BODIES = {"short": "", "prose": PROSE * 140, "talk": TALK * 580, "wide": PROSE * 550}
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize(("size", "num_answers"), [(16, 16), (64, 1), (64, 64), (512, 512)])
+def test_a_whole_group_may_end_in_one_step(size: int, num_answers: int, body: str, is_cut: bool):
+    """The policy is asked once, not once a sibling, and they share what a step reads. Beyond 64
+    each has its least share, and the time grows with them."""
+    text, limit = BODIES[body], STEP_LIMIT_MS * max(1, size // 64)
 
     def ended() -> float:
-        c = Coordinator(DeepPruneConfig(enable=True), lambda ids: f"\\boxed{{{ids[0]}}}")
+        def say(ids: Any) -> str:
+            said = f"{text}\\boxed{{{ids[-1]}}}" if body == "short" or not is_cut else text
+            return said[-len(text) * len(ids) // 2048 - 20 :]
+
+        c = Coordinator(DeepPruneConfig(enable=True), say)
         for index in range(size):
             c.admit("g", index, size, {"admission": "eager"}, 10)
-        ends = [End(index, [index % num_answers], False) for index in range(size)]
+        ends = [End(i, [*[0] * 2047, i % num_answers], is_cut) for i in range(size)]
         return cpu_ms(functools.partial(c.vote, "g", ends), tries=1)
 
     took = min(ended() for _ in range(3))
-    assert took < BUSY * STEP_LIMIT_MS, f"{took:.0f} ms"
+    assert took < BUSY * limit, f"{took:.0f} ms"
+
+
+def test_all_groups_that_end_in_a_step_share_what_it_reads():
+    text = Counted()
+    c = Coordinator(DeepPruneConfig(enable=True), text, read=text)
+    for number in range(64):
+        c.admit(f"g{number}", 0, 2, {"admission": "eager"}, 10)
+    before = text.tokens
+    for number in range(64):
+        c.vote(f"g{number}", [End(0, [0] * 10_000, False)], 64)
+    assert text.tokens - before <= 64 * (LEAST_TAIL_TOKENS + 64)
+    assert tail_tokens(1, False) == tail_tokens(8, True) == TAIL_TOKENS
+    assert tail_tokens(10_000, False) == LEAST_TAIL_TOKENS > tail_tokens(10_000, True)
+
+
+def test_names_of_groups_that_announce_no_size_are_bounded_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sglang_deepprune.coordinator.MOST_AWAITED", 100)
+    c = Coordinator(DeepPruneConfig(enable=True), Counted(), fence=FakeFence())  # type: ignore[arg-type]
+    for number in range(100):
+        assert c.admit(f"c{number}", ABSENT, 0, {}, 10) is not None
+    assert c.admit("one more", ABSENT, 0, {}, 10) is None
+    c.forget("c7")
+    assert c.admit("one more", ABSENT, 0, {}, 10) is not None
+
+
+def test_groups_whose_time_is_out_together_close_in_turn():
+    now = [0.0]
+    c = Coordinator(DeepPruneConfig(enable=True), Counted(), fence=FakeFence(),  # type: ignore[arg-type]
+                    clock=lambda: now[0])  # fmt: skip
+    for number in range(MOST_CLOSED + 10):
+        c.admit(f"c{number}", ABSENT, 0, {}, 10)
+    now[0] = 1e6
+    closed = [command.group_id for command in c.poll()]
+    assert len(closed) == MOST_CLOSED
+    closed += [command.group_id for command in c.poll()]
+    assert sorted(closed) == sorted(c.runs)
+    assert c.poll() == []
