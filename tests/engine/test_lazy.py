@@ -120,6 +120,46 @@ def test_aborts_by_rid_and_of_all_reach_held_siblings(scripted: Server):
         assert all(count == 0 for count in scripted.log_lines("deepprune-tables")[-1].values())
 
 
+def test_an_abort_by_prefix_ends_members_of_a_named_group_and_no_stranger(scripted: Server):
+    """SGLang aborts whatever rid begins with what is said: `p` is `p1` and `p2` too, held ones
+    among them, and not `q`."""
+    params = {"max_new_tokens": 400, "temperature": 1.0}
+    group = {**BALANCED, "base": 2, "eps": 0.0, "group": "by-prefix", "size": 3}
+    member = {"text": LONG, "sampling_params": {**params, "custom_params": {"deepprune": group}}}
+    other = {"text": "a bystander", "sampling_params": {**params, "ignore_eos": True}}
+    sent = {"q": in_background(scripted, {**other, "rid": "q"})}
+    sent |= {rid: in_background(scripted, {**member, "rid": rid}) for rid in ("p", "p1", "p2")}
+    held_s = time.monotonic() + 5
+    while num_held(scripted) < 1:
+        assert time.monotonic() < held_s, "the third member never came"
+    scripted.post("/abort_request", {"rid": "p"})
+    metas = {}
+    for rid, (thread, replies) in sent.items():
+        thread.join(timeout=60)
+        assert not thread.is_alive(), f"the client of {rid} hangs"
+        metas[rid] = replies[0].json()["meta_info"]
+    stranger = metas.pop("q")
+    assert stranger["finish_reason"]["type"] == "length" and "deepprune" not in stranger
+    assert stranger["completion_tokens"] == 400
+    assert {meta["finish_reason"]["type"] for meta in metas.values()} == {"abort"}
+    records = [meta["deepprune"] for meta in metas.values()]
+    assert {record["choice"]["state"] for record in records} == {"aborted"}
+    assert sorted(record["choice"]["index"] for record in records) == [0, 1, 2]
+    assert sum(record["choice"]["tokens"] == 0 for record in records) == 1  # the held one
+    (last,) = [record["group"] for record in records if record["group"]["settled"]]
+    assert last["size"] == 3 and last["votes"] == [] and last["answer"] is None
+    assert [choice["state"] for choice in last["choices"]] == ["aborted"] * 3
+    assert last["generated_tokens"] == sum(meta["completion_tokens"] for meta in metas.values())
+    scripted.wait_idle()
+    assert all(count == 0 for count in scripted.log_lines("deepprune-tables")[-1].values())
+
+
+def num_held(server: Server) -> int:
+    """Siblings that wait within their groups, of which some member runs."""
+    load = server_load(server)
+    return int(load["num_waiting_reqs"]) if load["num_running_reqs"] >= 3 else 0
+
+
 def test_held_siblings_that_are_aborted_bring_their_records(scripted: Server):
     slow = {**BALANCED, "base": 2, "eps": 0.0}
     params = {"n": 12, "max_new_tokens": 400, "custom_params": {"deepprune": slow}}

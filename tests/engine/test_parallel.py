@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,28 @@ from tests.engine.versions import before
 CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 # Before 0.5.19 one entry a tensor-parallel rank; data-parallel ones share it.
 DP_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0-1"} if before("0.5.19") else CORES
+
+
+def rank_of(outputs: list[dict[str, Any]]) -> int:
+    """The data-parallel rank that served all of them."""
+    (rank,) = {output["meta_info"]["dp_rank"] for output in outputs}
+    return int(rank)
+
+
+def check_each_group_has_one_rank(server: Server) -> None:
+    """Prompts that no rank has seen: whoever finds one in the cache is where its warm-up was."""
+    ranks = []
+    for word in ("one", "two", "three", "four", "five", "six"):
+        outputs = ask(server, f"{word} group: what is its rank?", 8, {"preset": "collect"},
+                      max_new_tokens=6)  # fmt: skip
+        ranks.append(rank_of(outputs))
+        for output in outputs:
+            meta = output["meta_info"]
+            assert meta["prompt_tokens"] > 8  # what the prompts share is far less than one of them
+            assert meta["cached_tokens"] >= meta["prompt_tokens"] - 1  # pages of one token
+        group = group_of(outputs)
+        assert group["size"] == len(group["choices"]) == 8
+    assert sorted(ranks) == [0, 0, 0, 1, 1, 1], "groups that come one by one take turns"
 
 
 @pytest.mark.slow
@@ -42,6 +65,8 @@ def test_a_group_is_whole_on_two_ranks(tiny, scripts_env, flags: tuple[str, str]
                 "custom_params": {"deepprune": {"preset": "balanced"}},
             },
         }
+        if flags[0] == "--dp":
+            check_each_group_has_one_rank(server)
         both = [in_background(server, fat) for _ in range(2)]
         if flags[0] == "--dp":
             deadline = time.monotonic() + 10  # they run for seconds, and may begin late
@@ -51,6 +76,8 @@ def test_a_group_is_whole_on_two_ranks(tiny, scripts_env, flags: tuple[str, str]
         for thread, replies in both:
             thread.join()
             assert set(states(replies[0].json())) <= {"finished", "decided", "not_started"}
+        if flags[0] == "--dp":  # the second fat group went where the first was not
+            assert {rank_of(replies[0].json()) for _, replies in both} == {0, 1}
         server.wait_idle()
         lines = server.log_lines("deepprune-verdict")
         if flags[0] == "--tp":

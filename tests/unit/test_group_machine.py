@@ -58,6 +58,7 @@ class Member:
     place: str
     tokens: int = 0
     doom: State | None = None
+    is_retracted: bool = False  # has run, and lies in SGLang's queue again; only the engine knows
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Known:
     epoch: int
     is_client_side: bool
     unsent: list[int] = field(default_factory=list)
+    num_lost: int = 0  # never sent, as their client left, or sent when the group was over
     members: dict[int, Member] = field(default_factory=dict)  # those that have not ended
     ended: dict[int, State] = field(default_factory=dict)
     is_renewed: bool = False  # the weights have changed under it
@@ -174,6 +176,7 @@ class Ranks(RuleBasedStateMachine):
         never_sent = set(states) - set(known.ended)
         assert {states[index] for index in never_sent} <= {"aborted", "not_started"}
         assert record.size == len(states) >= known.size
+        assert known.is_client_side or record.size == known.size
         assert record.generated_tokens == sum(choice.tokens for choice in record.choices)
         finished = [choice for choice in record.choices if choice.state == "finished"]
         assert sum(votes for _, votes in record.votes) + record.abstentions == len(finished)
@@ -225,7 +228,9 @@ class Ranks(RuleBasedStateMachine):
         )  # fmt: skip
         if admission is None:
             assert gid in self.pending, "a sibling of a group that lives is a plain request"
+            known.num_lost += 1
             return
+        assert known.is_client_side or admission.index == index
         assert admission.index not in known.members
         index, known.epoch = admission.index, self.group(gid).epoch
         assert index not in known.ended, "an index that has ended came back"
@@ -270,6 +275,7 @@ class Ranks(RuleBasedStateMachine):
     def leave(self, data: Any) -> None:
         """A client is gone: all that it has sent is aborted."""
         gid = data.draw(st.sampled_from(sorted(self.groups)))
+        self.groups[gid].num_lost += len(self.groups[gid].unsent)
         self.groups[gid].unsent.clear()
         for index in list(self.groups[gid].members):
             if gid in self.groups:
@@ -278,20 +284,23 @@ class Ranks(RuleBasedStateMachine):
     # -- the engine --------------------------------------------------------------------------
 
     @precondition(lambda self: self.has(QUEUED, RUNNING))
-    @rule(tokens=st.integers(1, 9))
-    def step(self, tokens: int) -> None:
-        """Decode steps; doomed siblings end in the first one."""
+    @rule(tokens=st.integers(1, 9), is_full=st.sampled_from([False, False, True]))
+    def step(self, tokens: int, is_full: bool) -> None:
+        """Decode steps; doomed siblings end in the first one. While rows are full, whoever waits in
+        SGLang's queue goes on waiting there; with nobody on a row there is room."""
         self.replan_lost()
         for gid, known in list(self.groups.items()):
             for index, member in list(known.members.items()):
                 if member.doom is not None:
                     self.retire(gid, index, member.doom)
+        going = (RUNNING,) if is_full and self.has(RUNNING) else (QUEUED, RUNNING)
         for _ in range(tokens):
             outputs: dict[str, dict[int, list[int]]] = {}
             for gid, known in self.groups.items():
                 for index, member in known.members.items():
-                    if member.place != HELD and member.tokens < LIMIT - 1:
+                    if member.place in going and member.tokens < LIMIT - 1:
                         member.place, member.tokens = RUNNING, member.tokens + 1
+                        member.is_retracted = False
                         outputs.setdefault(gid, {})[index] = [0] * member.tokens
             self.both("observe", outputs)
         self.tasks += self.judge.tasks
@@ -334,12 +343,25 @@ class Ranks(RuleBasedStateMachine):
                 assert member.place == HELD
                 member.place = QUEUED
 
+    @precondition(lambda self: self.has(RUNNING))
+    @rule(data=st.data(), goes_on=st.booleans())
+    def retract(self, data: Any, goes_on: bool) -> None:
+        """KV is short, and SGLang takes rows: its own queue has these siblings again, with all that
+        they have said. The coordinator is not told. Who is doomed does not start again."""
+        for gid, index in self.some(data, 4, RUNNING):
+            member = self.groups[gid].members[index]
+            member.place, member.is_retracted = QUEUED, True
+            if member.doom is not None:
+                self.retire(gid, index, member.doom)
+        if goes_on and self.has(RUNNING):
+            self.step(2, True)  # as it is for the others, which is why they were retracted
+
     @precondition(lambda self: self.has(QUEUED, RUNNING))
     @rule(data=st.data())
     def yield_rows(self, data: Any) -> None:
         for gid, index in self.some(data, 3, QUEUED, RUNNING):
             member = self.groups[gid].members[index]
-            if member.doom is None:
+            if member.doom is None and not member.is_retracted:
                 member.place = HELD
                 self.both("send_back", gid, index, member.tokens)
                 if self.both("is_asleep", gid):
@@ -425,7 +447,7 @@ class Ranks(RuleBasedStateMachine):
     @rule(data=st.data(), kind=st.sampled_from(["score", "some nan"]), seed=st.integers(0, 99))
     def decode_and_judge(self, data: Any, kind: str, seed: int) -> None:
         """The ordinary course: traces reach the cut, and a prompt judge has its say."""
-        self.step(5)
+        self.step(5, False)
         while self.tasks:
             self.judge_answers(data, kind, seed)
         self.broadcast(data, False, False)
@@ -495,7 +517,8 @@ class Ranks(RuleBasedStateMachine):
 
     @invariant()
     def every_sibling_is_in_one_place(self) -> None:
-        """Expected, held, queued or running here and there alike; the rest has ended."""
+        """Expected, held, queued or running here and there alike; the rest has ended. Whom SGLang
+        has retracted the coordinator takes to be running. None is lost, and none comes on top."""
         for gid, known in getattr(self, "groups", {}).items():
             if gid not in self.leader.runs:
                 continue
@@ -511,11 +534,19 @@ class Ranks(RuleBasedStateMachine):
                 elif found[sibling.state] is None:
                     assert member is None and index not in known.ended
                 else:
-                    assert member is not None and member.place in (found[sibling.state], RUNNING)
+                    assert member is not None
+                    is_back = member.is_retracted and member.place == QUEUED and member.tokens > 0
+                    place = RUNNING if is_back else member.place
+                    assert place == found[sibling.state], "the engine has it elsewhere"
             assert set(known.members) | set(known.ended) <= set(siblings)
+            assert not known.members.keys() & known.ended.keys()
             placed = [index for cluster in self.group(gid).clusters for index in cluster]
             assert len(placed) == len(set(placed)), "a verdict counts twice"
             assert len(siblings) >= known.size
+            if not known.is_client_side:
+                waiting = len(known.unsent) + known.num_lost
+                assert len(known.members) + waiting + len(known.ended) == known.size
+                assert len(siblings) == known.size, "a sibling that nobody has asked for"
 
     @invariant()
     def no_group_is_asleep(self) -> None:
