@@ -3,8 +3,9 @@
 Two measurements on a tiny model, where a step is short and any cost shows most:
 1. time inside our decode hook over the time from step to step, by the hook's own clock
    (`--deepprune-log-steps`), at 1, 8 and 64 rows;
-2. interleaved pairs: the same requests to a server with the flag and to one without, in turns, and
-   the bootstrap interval of the ratio of their times. One that holds 1 is no difference seen.
+2. interleaved pairs: the same requests to a server with the flag, to one without it, and to one in
+   which the plugin is not loaded at all, in turns, and the bootstrap intervals of the ratios of
+   their times (on over off, off over absent). One that holds 1 is no difference seen.
 
     python -m benchmarks.overhead --json benchmarks/results/overhead.json
 """
@@ -16,6 +17,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from tests.engine.tiny_model import make_tiny_model
 
 ROWS = (1, 8, 64)
 TOKENS = 400
+# SGLang loads the plugins that are named here alone: none of ours.
+ABSENT = {"SGLANG_PLUGINS": "someone_else"}
 QUIET = ("--sleep-on-idle", "--max-running-requests", "64")
 
 
@@ -69,32 +73,42 @@ def interval(ratios: list[float], draws: int = 10000) -> tuple[float, float]:
     return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
-def paired(model: Path, pairs: int) -> list[dict[str, Any]]:
+def ratio_row(state: str, size: int, ratios: list[float]) -> dict[str, Any]:
+    """A row of measurement 2."""
+    low, high = interval(ratios)
+    return {
+        "measure": "paired time", "state": state, "rows": size, "pairs": len(ratios),
+        "ratio": round(statistics.median(ratios), 4), "low": round(low, 4), "high": round(high, 4),
+    }  # fmt: skip
+
+
+def paired(model: Path, pairs: int, sizes: Sequence[int] = ROWS) -> list[dict[str, Any]]:
     """Measurement 2."""
     rows = []
-    with Server(model, *QUIET, strict=False, max_total_tokens=60000) as off, Server(
-        model, *QUIET, "--enable-deepprune", "--deepprune-default", "opt-in",
-        "--deepprune-judge", "none", strict=False, max_total_tokens=60000,
-    ) as on:  # fmt: skip
-        for size in ROWS:
-            ratios, again = [], []
-            for server in (off, on):
+    flags = ("--enable-deepprune", "--deepprune-default", "opt-in", "--deepprune-judge", "none")
+    said: dict[str, Any] = {"strict": False, "max_total_tokens": 60000}
+    with (
+        Server(model, *QUIET, env=ABSENT, **said) as absent,
+        Server(model, *QUIET, **said) as off,
+        Server(model, *QUIET, *flags, **said) as on,
+    ):
+        servers = (absent, off, on)
+        for size in sizes:
+            on_off, off_absent, again = [], [], []
+            for server in servers:
                 load(server, size, None)
             for turn in range(pairs):
-                order = (off, on) if turn % 2 else (on, off)
+                order = servers if turn % 2 else servers[::-1]
                 spent = {id(server): load(server, size, None) for server in order}
-                ratios.append(spent[id(on)] / spent[id(off)])
+                on_off.append(spent[id(on)] / spent[id(off)])
+                off_absent.append(spent[id(off)] / spent[id(absent)])
                 # Off against itself: what the machine's own drift looks like.
                 first, second = load(off, size, None), load(off, size, None)
                 again.append(second / first)
-            low, high = interval(ratios)
-            base_low, base_high = interval(again)
-            rows.append({
-                "measure": "paired time", "state": "flag on / off", "rows": size, "pairs": pairs,
-                "ratio": round(statistics.median(ratios), 4),
-                "low": round(low, 4), "high": round(high, 4),
-                "off_off_low": round(base_low, 4), "off_off_high": round(base_high, 4),
-            })  # fmt: skip
+            low, high = interval(again)
+            drift = {"off_off_low": round(low, 4), "off_off_high": round(high, 4)}
+            rows.append(ratio_row("flag on / off", size, on_off) | drift)
+            rows.append(ratio_row("flag off / absent", size, off_absent) | drift)
     return rows
 
 
@@ -110,7 +124,7 @@ def main() -> None:
         shares = share_of_step(model, args.passes)
         print_table(shares, "Time in our decode hook over the step")
         pairs = paired(model, args.pairs)
-        print_table(pairs, "Interleaved pairs, flag on over flag off")
+        print_table(pairs, "Interleaved pairs: flag on over off, off over no plugin")
     if args.json:
         write_json(args.json, "overhead", shares + pairs)
 
