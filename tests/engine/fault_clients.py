@@ -17,7 +17,15 @@ from tests.engine.fault_plan import Ask
 from tests.engine.server import Server
 
 LIMIT_S = 90.0  # a client that waits longer hangs
-Reference = tuple[list[int], int]  # output ids, and how many of them no rounding can change
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a stranger gets with nobody beside it."""
+
+    prompt: str  # what is sent for it
+    output_ids: list[int]
+    num_sure: int  # of them no rounding can change so many
 
 
 @dataclass
@@ -25,15 +33,22 @@ class Seen:
     """What became of one client."""
 
     ask: Ask
+    may_abort: bool = False  # it, or the operator for it
     is_answered: bool = False
     wrong: list[str] = field(default_factory=list)
     states: Counter[str] = field(default_factory=Counter)  # of the choices that it was told of
     num_unknown: int = 0  # siblings whose end it did not see
+    records: list[dict[str, Any]] = field(default_factory=list)  # of groups that have ended
+    # Of its members: (group, index in it).
+    places: Counter[tuple[str, int]] = field(default_factory=Counter)
+    num_lost: int = 0  # groups aborted before there was a record
 
 
-def run(server: Server, ask: Ask, references: dict[str, Reference]) -> Seen:
-    """One client, from its first byte to its last."""
-    seen = Seen(ask)
+def run(
+    server: Server, ask: Ask, references: dict[str, Reference], *, is_abort_due: bool = False
+) -> Seen:
+    """One client, from its first byte to its last. `is_abort_due`: the operator will abort all."""
+    seen = Seen(ask, may_abort=is_abort_due or ask.fate == "aborts")
     try:
         _FATES[ask.kind if ask.kind != "group" else ask.fate](server, ask, seen, references)
         seen.is_answered = True
@@ -70,9 +85,19 @@ def _whole(seen: Seen, reply: requests.Response, size: int) -> None:
         seen.wrong.append(f"status {reply.status_code}: {reply.text[:120]}")
         return
     outputs = reply.json()
-    seen.wrong += checks.of_group(seen.ask, outputs)
-    choices = outputs[0]["meta_info"].get("deepprune", {}).get("group", {}).get("choices")
+    seen.wrong += checks.of_group(seen.ask, outputs, may_abort=seen.may_abort)
+    group = outputs[0]["meta_info"].get("deepprune", {}).get("group", {})
+    _note(seen, group)
+    choices = group.get("choices")
     _count(seen, choices or [one["meta_info"]["deepprune"]["choice"] for one in outputs], size)
+
+
+def _note(seen: Seen, group: dict[str, Any]) -> None:
+    """The record of an n>1 request: of a group that the server has counted, or of none."""
+    if group.get("active") and group["settled"]:
+        seen.records.append(group)
+    else:
+        seen.num_lost += 1
 
 
 def _count(seen: Seen, choices: list[dict[str, Any]], size: int) -> None:
@@ -95,7 +120,7 @@ def _aborts(server: Server, ask: Ask, seen: Seen, _: Any) -> None:
 
 def _reuses(server: Server, ask: Ask, seen: Seen, _: Any) -> None:
     """Aborts, and sends the same rid again while the judge is still at the first one."""
-    first = Seen(ask)
+    first = Seen(ask, may_abort=True)  # no abort of a rid may reach who bears it next
     thread = threading.Thread(target=_insists, args=(server, ask, first))
     thread.start()
     time.sleep(ask.pause_s)
@@ -106,6 +131,8 @@ def _reuses(server: Server, ask: Ask, seen: Seen, _: Any) -> None:
     seen.wrong += first.wrong
     seen.states += first.states
     seen.num_unknown += first.num_unknown
+    seen.records += first.records
+    seen.num_lost += first.num_lost
 
 
 def _insists(server: Server, ask: Ask, seen: Seen) -> None:
@@ -151,7 +178,8 @@ def _streams(server: Server, ask: Ask, seen: Seen, _: Any) -> None:
     outputs = [last[index] for index in sorted(last)]
     if group is not None:
         outputs[0]["meta_info"].setdefault("deepprune", {})["group"] = group
-    seen.wrong += checks.of_group(ask, outputs)
+    seen.wrong += checks.of_group(ask, outputs, may_abort=seen.may_abort)
+    _note(seen, group or {})
     _count(seen, [one["meta_info"]["deepprune"]["choice"] for one in outputs], ask.n)
 
 
@@ -169,7 +197,8 @@ def _completes(server: Server, ask: Ask, seen: Seen, _: Any) -> None:
     if [choice["index"] for choice in said["choices"]] != list(range(ask.n)):
         seen.wrong.append("choices out of order")
     group = said["metadata"]["deepprune"]
-    seen.wrong += checks.of_record(ask, group)
+    seen.wrong += checks.of_record(ask, group, may_abort=seen.may_abort)
+    _note(seen, group)
     _count(seen, group["choices"], ask.n)
     lost = group["generated_tokens"] - said["usage"]["completion_tokens"]
     is_aborted = any(choice["state"] in ("aborted", "failed") for choice in group["choices"])
@@ -210,21 +239,27 @@ def _members(server: Server, ask: Ask, seen: Seen, _: Any) -> None:
             seen.wrong.append(f"status {reply.status_code}: {reply.text[:120]}")
             continue
         output = reply.json()
-        seen.wrong += checks.of_member(ask, output)
+        seen.wrong += checks.of_member(ask, output, may_abort=seen.may_abort)
         ours = output["meta_info"].get("deepprune")
+        group = (ours or {}).get("group")
+        if group:
+            seen.places[group["group_id"], ours["choice"]["index"]] += 1
         _count(seen, [ours["choice"]] if ours else [], 1)
 
 
 def _bystander(server: Server, ask: Ask, seen: Seen, _: Any) -> None:
     reply = post(server, "/generate", body_of(ask))
     assert reply.status_code == 200, reply.text[:200]
-    seen.wrong += checks.of_bystander(ask, reply.json())
+    seen.wrong += checks.of_bystander(ask, reply.json(), may_abort=seen.may_abort)
 
 
 def _stranger(server: Server, ask: Ask, seen: Seen, references: dict[str, Reference]) -> None:
-    reply = post(server, "/generate", body_of(ask))
+    known = references[ask.prompt]
+    reply = post(server, "/generate", {**body_of(ask), "text": known.prompt})
     assert reply.status_code == 200, reply.text[:200]
-    seen.wrong += checks.of_stranger(reply.json(), references[ask.prompt])
+    seen.wrong += checks.of_stranger(
+        reply.json(), known.output_ids, known.num_sure, may_abort=seen.may_abort
+    )
 
 
 _FATES = {

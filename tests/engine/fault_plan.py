@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tests.engine import scenario
@@ -24,9 +24,19 @@ PROMPTS: dict[str, list[str]] = {
     "faults: fence": scenario.PROMPTS["fence: expand"],
     **{f"faults: {mark}": [trace(mark, 40, "3", i) for i in range(8)] for mark in MARKS},
 }
+# Hanging and dying judges cost a restart each, and only so many are made in a row.
+COSTLY = ("faults: HANG", "faults: DIE")
 # Of nobody's group, one text each: these come back to the letter whatever happens beside them.
 BYSTANDERS = {f"bystander {i}": [trace("Z", 10 + 20 * i, str(i))] for i in range(4)}
-STRANGERS = ("hello", "a stranger asks", "what of it", "xyz " * 12)  # sampled greedily, unscripted
+# Sampled greedily, unscripted, and far from any near-tie on the machine that chose them; elsewhere
+# one of the others may take the place of one that is not.
+STRANGERS = ("a stranger asks", "my cat counts to ten", "the sun is late again", "xyz " * 12)
+OTHER_STRANGERS = (
+    "an old clock sleeps",
+    "green rain asks for tea",
+    "no one is late again",
+    "d" * 20,
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,11 @@ class Ask:
     pause_s: float = 0.0  # from sending to leaving or aborting
     rid: str = ""
 
+    @property
+    def is_group(self) -> bool:
+        """One of those that a round counts; the others stand by."""
+        return self.kind in ("group", "members")
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -90,33 +105,52 @@ class Fault:
 
 @dataclass(frozen=True)
 class Round:
+    """`is_exact`: nobody leaves, so all that the server counts was told to somebody."""
+
     seed: int
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
+    is_exact: bool = False
+
+    @property
+    def num_groups(self) -> int:
+        return sum(ask.is_group for ask in self.asks)
+
+    @property
+    def aborts_all(self) -> bool:
+        """Whether anybody at all may be aborted, whatever it has done itself."""
+        return any(fault.kind in ABORTING for fault in self.faults)
 
 
 FAULTS = (
     "abort all", "flush", "pause in place", "pause and retract", "pause and abort", "weights",
     "pause for weights", "weights in place", "kill judge", "stop judge",
 )  # fmt: skip
+ABORTING = ("abort all", "pause and abort")
+OF_JUDGE = ("kill judge", "stop judge")  # there may be none to signal just then
 
 
-def round_of(seed: int, num_requests: int) -> Round:
+def round_of(seed: int, num_groups: int) -> Round:
+    """So many groups, n>1 and client-side ones, and whoever stands by: about a fifth as many."""
     rng = random.Random(f"round {seed}")
+    is_exact = seed % 2 == 1
     asks: list[Ask] = []
-    while len(asks) < num_requests:
-        one = _ask(rng, seed, len(asks))
+    left = num_groups
+    while left:
+        one = _ask(rng, seed, len(asks), may_leave=not is_exact)
         asks.append(one)
-        if one.kind == "group" and rng.random() < 0.1 and len(asks) < num_requests:
-            # Another user, with the same bytes at the same time.
-            asks.append(_renumbered(one, seed, len(asks)))
-    span_s = num_requests / 12
+        left -= one.is_group
+        if one.is_group and left and rng.random() < (0.1 if one.kind == "group" else 0.4):
+            asks.append(_twin(rng, one, seed, len(asks)))
+            left -= 1
+    span_s = num_groups / 12
     kinds = [rng.choice(FAULTS) for _ in range(rng.randint(1, 4))]
     faults = tuple(Fault(rng.uniform(0.1, span_s), kind) for kind in kinds)
-    return Round(seed, tuple(asks), tuple(sorted(faults, key=lambda fault: fault.at_s)))
+    by_time = sorted(faults, key=lambda fault: fault.at_s)
+    return Round(seed, tuple(asks), tuple(by_time), is_exact)
 
 
-def _ask(rng: random.Random, seed: int, number: int) -> Ask:
+def _ask(rng: random.Random, seed: int, number: int, *, may_leave: bool) -> Ask:
     rid = f"r{seed}n{number}"
     draw = rng.random()
     if draw < 0.12:
@@ -125,7 +159,6 @@ def _ask(rng: random.Random, seed: int, number: int) -> Ask:
         return Ask(number, "stranger", "waits", rng.choice(STRANGERS), 1, 12, rid=rid)
     is_judged = rng.random() < 0.25
     if is_judged:
-        # Hanging and dying judges cost a restart each, and only so many are made in a row.
         mark = rng.choice(MARKS if rng.random() < 0.15 else MARKS[:4])
         prompt, preset = f"faults: {mark}", "paper"
     else:
@@ -139,7 +172,8 @@ def _ask(rng: random.Random, seed: int, number: int) -> Ask:
         settings |= {"group": rid, "size": rng.choice([0, 3, 4])}
         return Ask(number, "members", fate, prompt, 3, 200, settings, rng.uniform(0, 0.4), rid)
     fate = rng.choices(
-        ["waits", "streams", "completes", "leaves", "aborts", "reuses"], [8, 4, 3, 3, 3, 2]
+        ["waits", "streams", "completes", "leaves", "aborts", "reuses"],
+        [8, 4, 3, 3 * may_leave, 3, 2],
     )[0]
     if rng.random() < 0.15 and fate == "waits":
         settings["return"] = rng.choice(["survivors", "vote"])
@@ -149,8 +183,11 @@ def _ask(rng: random.Random, seed: int, number: int) -> Ask:
     return Ask(number, "group", fate, prompt, n, tokens, settings, rng.uniform(0, 0.5), rid)
 
 
-def _renumbered(one: Ask, seed: int, number: int) -> Ask:
-    return Ask(
-        number, one.kind, one.fate, one.prompt, one.n, one.max_new_tokens, one.settings,
-        one.pause_s, f"r{seed}n{number}",
-    )  # fmt: skip
+def _twin(rng: random.Random, one: Ask, seed: int, number: int) -> Ask:
+    """Another user, with the same bytes at the same time. A client-side group's name is scoped by
+    its prompt: equal in both they share a group, under another prompt they must not."""
+    twin = replace(one, number=number, rid=f"r{seed}n{number}")
+    if one.kind == "members" and rng.random() < 0.5:
+        others = [prompt for prompt in PROMPTS if prompt != one.prompt and prompt not in COSTLY]
+        twin = replace(twin, prompt=rng.choice(others))
+    return twin

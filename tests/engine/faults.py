@@ -3,11 +3,12 @@
     python -m tests.engine.faults --requests 2000 --seed 1 --json FILE
     python -m tests.engine.faults --replay SEED     # one round again
 
-A round is 60 requests of every kind at once, while the server is aborted, paused, flushed, given
-new weights, and its judge raises, hangs, does not know, dies, is killed or stopped. After each one:
-every client is answered and each answer is right in itself, bystanders got what they get alone, and
-pool, rows, radix tree and all tables are at their baseline. All of a round follows from its seed,
-but for the timing of machines.
+A round is 60 groups of every kind at once and whoever stands by, while the server is aborted,
+paused, flushed, given new weights, and its judge raises, hangs, does not know, dies, is killed or
+stopped. After each one: every client is answered and each answer is right in itself, bystanders got
+what they get alone, /metrics has counted what clients were told, and pool, rows, radix tree and all
+tables are at their baseline. A server that dies or hangs is a failure of its round, and the next
+one gets another. All of a round follows from its seed, but for the timing of machines.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,16 @@ import requests
 
 from benchmarks.report import Row, print_table, write_json
 from benchmarks.scripted import plugin_env, write_scripts
-from tests.engine import fault_plugin, scenario
+from sglang_deepprune import metrics
+from sglang_deepprune.local_server import ServerError
+from sglang_deepprune.policy import RENEWED
+from tests.engine import fault_checks, fault_plugin, scenario
+from tests.engine.counters import scrape
 from tests.engine.fault_clients import LIMIT_S, Reference, Seen, run
 from tests.engine.fault_plan import (
     BYSTANDERS,
+    FAULTS,
+    OTHER_STRANGERS,
     PROMPTS,
     ROUNDS_A_SERVER,
     STRANGERS,
@@ -45,9 +52,13 @@ from tests.engine.fault_plan import (
 )
 from tests.engine.server import Server
 
-REQUESTS_A_ROUND = 60
+REQUESTS_A_ROUND = 60  # n>1 requests and client-side groups; bystanders come on top
+MANY = 10_000  # requests among which every kind of fault has come about
 IDLE_LIMIT_S = 30.0
 STATES = ("finished", "pruned", "decided", "not_started", "aborted", "failed")
+LOG_TAIL = 3000  # letters
+# What a server that is dying, or gone, does to who asks it.
+BROKEN = (requests.RequestException, LookupError, ValueError, AssertionError, ServerError)
 NEAR_TIE = 0.25  # log-probability between the first two: less may come out otherwise in bfloat16
 PLAIN_FLAGS = ("--sleep-on-idle", "--schedule-conservativeness", "0.1")
 FLAGS = (
@@ -55,6 +66,12 @@ FLAGS = (
     "--deepprune-judge", "python:tests.marker_judge:make", "--deepprune-judge-deadline-ms", "700",
     "--deepprune-group-timeout-s", "1",
 )  # fmt: skip
+
+METERED = (*FLAGS, "--enable-metrics")
+MIN_SURE, NUM_SURE = 2, 2  # so many strangers have so many tokens that no rounding can change
+
+
+_PREPARING = threading.Lock()  # transformers is not to be imported by two threads at once
 
 
 class Harness:
@@ -72,11 +89,13 @@ class Harness:
         self.server = Server(model, *flags, *setup.flags, env=env, max_total_tokens=setup.slots)
         self.references: dict[str, Reference] = {}
         self.slots = self.rows = 0
+        self.seen: list[Seen] = []  # of the round that is played
+        self.wrong: list[str] = []
 
     def __enter__(self) -> Harness:
         self.server.__enter__()
         try:
-            self.references = {prompt: self._alone(prompt) for prompt in STRANGERS}
+            self.references = references(self._alone)
             self.server.wait_idle()
             state = self.state()
             self.slots, self.rows = state["free"] + state["evictable"], state["rows"]
@@ -89,7 +108,6 @@ class Harness:
         self.server.stop()
 
     def _alone(self, prompt: str) -> Reference:
-        """What a stranger gets with nobody beside it, and how much of that is sure."""
         params = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
         body = {
             "text": prompt, "sampling_params": params, "return_logprob": True,
@@ -99,7 +117,7 @@ class Harness:
         tops = output["meta_info"]["output_top_logprobs"]
         gaps = [first[0] - second[0] for first, second in tops]
         sure = next((i for i, gap in enumerate(gaps) if gap < NEAR_TIE), len(gaps))
-        return list(output["output_ids"]), sure
+        return Reference(prompt, list(output["output_ids"]), sure)
 
     def state(self) -> dict[str, Any]:
         """The server's inner state, by fault_plugin.py."""
@@ -107,46 +125,50 @@ class Harness:
         return dict(info["internal_states"][0][fault_plugin.KEY])
 
     def play(self, plan: Round) -> Row:
-        """One round and its row."""
+        """One round and its row. Raises one of BROKEN where the server does not tell its state."""
         start = time.monotonic()
-        before = self.state()
+        self.seen, self.wrong = [], []
+        before, counted = self.state(), scrape(self.server)
         chaos = Chaos(self, plan.faults)
         with ThreadPoolExecutor(self.setup.clients) as pool:
-            jobs = [pool.submit(run, self.server, ask, self.references) for ask in plan.asks]
+            jobs = [
+                pool.submit(
+                    run, self.server, ask, self.references, is_abort_due=plan.aborts_all
+                )
+                for ask in plan.asks
+            ]  # fmt: skip
             chaos.start()
-            seen = [job.result() for job in jobs]
+            self.seen = [job.result() for job in jobs]
         chaos.join(2 * LIMIT_S)
-        wrong = [f"client {one.ask.number} ({one.ask.kind}, {one.ask.fate}, {one.ask.prompt}, "
-                 f"n={one.ask.n}): {what}" for one in seen for what in one.wrong]  # fmt: skip
+        wrong = self.wrong
+        wrong += [f"client {one.ask.number} ({one.ask.kind}, {one.ask.fate}, {one.ask.prompt}, "
+                  f"n={one.ask.n}): {what}" for one in self.seen for what in one.wrong]  # fmt: skip
+        wrong += fault_checks.of_names(
+            [(one.ask, {name for name, _ in one.places}) for one in self.seen]
+        )
         if chaos.is_alive():
             wrong.append("a fault is not over: the server does not answer its operator")
         wrong += chaos.wrong
         leaked, left = self._after()
-        wrong += left
+        wrong[:0] = left  # first: a dead server's log explains all the others
         happened: dict[str, int] = {}
         if not left:
             after = self.state()
-            wrong += self._counters(before, after, seen)
+            wrong += self._counters(before, after, self.seen)
+            now = scrape(self.server).since(counted)
+            wrong += fault_checks.of_counters(
+                now.of(metrics.GROUPS), now.of(metrics.SIBLINGS), self.seen
+            )
+            if now.total(metrics.HOOK_ERRORS):
+                wrong.append(f"{now.total(metrics.HOOK_ERRORS):g} hook errors")
             if after["missed"] > before["missed"]:
                 wrong.append(f"{after['missed'] - before['missed']} siblings outlived their abort")
             names = ("retracted", "yielded", "relieved")
             happened = {name: after[name] - before[name] for name in names}
-        self.wrong = wrong
-        told: Counter[str] = Counter()
-        for one in seen:
-            told += one.states
-        return {
-            "round": plan.seed,
-            "requests": len(plan.asks),
-            "leaked_slots": leaked,
-            "hung_clients": sum(not one.is_answered for one in seen),
-            "wrong_states": len(wrong),
-            **{state: told[state] for state in STATES},
-            **happened,
-            "server": self.setup.name,
-            "faults": ", ".join(fault.kind for fault in plan.faults),
-            "seconds": round(time.monotonic() - start, 1),
-        }
+        row = row_of(plan, self.setup, self.seen, wrong, chaos.delivered)
+        return row | happened | {
+            "leaked_slots": leaked, "seconds": round(time.monotonic() - start, 1)
+        }  # fmt: skip
 
     def _after(self) -> tuple[int, list[str]]:
         """Leaked KV slots, and what is not at its baseline when all is quiet."""
@@ -155,7 +177,7 @@ class Harness:
         deadline = time.monotonic() + IDLE_LIMIT_S
         while True:
             state = self.state()
-            busy = {name: count for name, count in state["tables"].items() if count}
+            busy = busy_of(state)
             if not busy or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
@@ -195,6 +217,68 @@ class Harness:
         return []
 
 
+def references(alone: Callable[[str], Reference]) -> dict[str, Reference]:
+    """What each stranger gets by itself. One that is a near-tie from the start compares nothing:
+    another takes its place, and without NUM_SURE that are none no round is worth its time."""
+    others = iter(OTHER_STRANGERS)
+    found: dict[str, Reference] = {}
+    for name in STRANGERS:
+        reference = alone(name)
+        while reference.num_sure < MIN_SURE and (other := next(others, "")):
+            reference = alone(other)
+        found[name] = reference
+    num_sure = sum(one.num_sure >= MIN_SURE for one in found.values())
+    if num_sure < NUM_SURE:
+        raise ValueError(f"only {num_sure} strangers are sure of {MIN_SURE} tokens: {found}")
+    return found
+
+
+def busy_of(state: dict[str, Any]) -> dict[str, int]:
+    """What is not empty; with the flag off nobody has tasks or questions."""
+    open_ = {name: state.get(name, 0) for name in ("judge_tasks", "fence_open")}
+    return {name: count for name, count in {**state["tables"], **open_}.items() if count}
+
+
+def row_of(
+    plan: Round, setup: Setup, seen: Sequence[Seen], wrong: Sequence[str],
+    delivered: Sequence[str] = (),
+) -> Row:  # fmt: skip
+    """The row of a round, as far as its clients know."""
+    told: Counter[str] = Counter()
+    for one in seen:
+        told += one.states
+    kinds = [fault.kind for fault in plan.faults]
+    return {
+        "round": plan.seed,
+        "requests": plan.num_groups,
+        "bystanders": len(plan.asks) - plan.num_groups,
+        "leaked_slots": 0,
+        "hung_clients": sum(not one.is_answered for one in seen),
+        "wrong_states": len(wrong),
+        **{state: told[state] for state in STATES},
+        "renewed": sum(one["reason"] == RENEWED for each in seen for one in each.records),
+        "retracted": 0, "yielded": 0, "relieved": 0,
+        "server": setup.name,
+        "faults": ", ".join(kinds),
+        "undelivered": ", ".join((Counter(kinds) - Counter(delivered)).elements()),
+        "is_exact": plan.is_exact,
+        "seconds": 0.0,
+    }  # fmt: skip
+
+
+def delivered_in(rows: Sequence[Row]) -> set[str]:
+    """Kinds of faults that came about at least once."""
+    found: set[str] = set()
+    for row in rows:
+        planned = Counter(str(row["faults"]).split(", "))
+        found |= set(planned - Counter(str(row["undelivered"]).split(", ")))
+    return found & set(FAULTS)
+
+
+class NoJudge(Exception):
+    """There is no judge just now whom a signal would reach."""
+
+
 class Chaos(threading.Thread):
     """What happens to the server as a whole, at its times."""
 
@@ -202,6 +286,7 @@ class Chaos(threading.Thread):
         super().__init__(daemon=True)
         self.harness, self.faults = harness, faults
         self.wrong: list[str] = []
+        self.delivered: list[str] = []
 
     def run(self) -> None:
         start = time.monotonic()
@@ -209,6 +294,9 @@ class Chaos(threading.Thread):
             time.sleep(max(0.0, start + fault.at_s - time.monotonic()))
             try:
                 getattr(self, fault.kind.replace(" ", "_"))()
+                self.delivered.append(fault.kind)
+            except NoJudge:
+                continue
             except Exception as error:
                 self.wrong.append(f"{fault.kind}: {type(error).__name__}: {str(error)[:120]}")
 
@@ -270,9 +358,12 @@ class Chaos(threading.Thread):
         while not self.harness.state()["is_judge_ready"] and time.monotonic() < deadline:
             time.sleep(0.2)
         state = self.harness.state()
-        if state["is_judge_ready"]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(state["judge_pid"], number)
+        if not state["is_judge_ready"]:
+            raise NoJudge
+        try:
+            os.kill(state["judge_pid"], number)
+        except ProcessLookupError:
+            raise NoJudge from None
 
     def kill_judge(self) -> None:
         self._signal_judge(signal.SIGKILL)
@@ -306,29 +397,48 @@ def rounds(seeds: Sequence[int], requests_a_round: Sequence[int]) -> tuple[list[
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = prepare(folder)
+        with _PREPARING:
+            model = prepare(folder)
         stack = contextlib.ExitStack()
         harness: Harness | None = None
         with stack:
             for seed, count in zip(seeds, requests_a_round, strict=True):
-                is_other = harness is None or setup_of(seed) != harness.setup
-                if is_other or seed % ROUNDS_A_SERVER == 0 or not harness.server.is_alive:  # type: ignore[union-attr]
+                plan, setup = round_of(seed, count), setup_of(seed)
+                if harness is not None and (
+                    setup != harness.setup
+                    or seed % ROUNDS_A_SERVER == 0
+                    or not harness.server.is_alive
+                ):
                     stack.close()
-                    harness = stack.enter_context(Harness(model, folder, setup_of(seed)))
-                assert harness is not None
-                row = harness.play(round_of(seed, count))
+                    harness = None
+                wrong: list[str] = []
+                try:
+                    if harness is None:
+                        harness = stack.enter_context(Harness(model, folder, setup, METERED))
+                    row, wrong = harness.play(plan), harness.wrong
+                except BROKEN as error:
+                    wrong = broken(error, harness)
+                    row = row_of(plan, setup, harness.seen if harness else (), wrong)
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
-                if harness.wrong:
-                    said = "\n  ".join(harness.wrong[:12])
+                if wrong:
+                    said = "\n  ".join(wrong[:12])
                     failures.append(
-                        f"round {seed} on {harness.setup.name}; again: python -m "
+                        f"round {seed} on {setup.name}; again: python -m "
                         f"tests.engine.faults --replay {seed} --round {count}\n  {said}"
                     )
                     print(failures[-1], file=sys.stderr, flush=True)
                     stack.close()  # the next round starts from a clean server
                     harness = None
     return rows, failures
+
+
+def broken(error: Exception, harness: Harness | None) -> list[str]:
+    """What is wrong in a round that its server did not live to the end of, or did not start."""
+    wrong = [f"the server is broken: {type(error).__name__}: {str(error)[-LOG_TAIL:]}"]
+    if harness is not None:
+        wrong += [f"its log ends: {harness.server.log[-LOG_TAIL:]}", *harness.wrong]
+    return wrong
 
 
 def play(
@@ -339,14 +449,18 @@ def play(
     sizes = [a_round] * (num_requests // a_round)
     if num_requests % a_round:
         sizes.append(num_requests % a_round)
-    return rounds(range(first, first + len(sizes)), sizes)
+    rows, failures = rounds(range(first, first + len(sizes)), sizes)
+    never = sorted(set(FAULTS) - delivered_in(rows))
+    if never and num_requests >= MANY:
+        failures.append(f"never came about: {', '.join(never)}")
+    return rows, failures
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--requests", type=int, default=300, help="n>1 and client-side groups")
     parser.add_argument("--round", type=int, default=REQUESTS_A_ROUND, help="requests a round")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--replay", type=int, help="the seed of one round")
