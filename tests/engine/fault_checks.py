@@ -97,9 +97,29 @@ def of_record(ask: Ask, group: dict[str, Any], *, may_abort: bool = False) -> li
     states = Counter(choice["state"] for choice in choices)
     if any(states[state] for state in LOST) and not may_abort:
         wrong.append(f"{dict(states)}, and nobody has aborted them")
-    if states["pruned"] and ask.prompt in UNJUDGED:
-        wrong.append("pruned by a judge that had no verdict")
+    if ask.prompt in UNJUDGED:
+        wrong += of_unjudged(group)
     return wrong
+
+
+def of_unjudged(group: dict[str, Any]) -> list[str]:
+    """Without a judge's verdict only answers are known to be equal: of siblings that have finished.
+    Their cluster may outgrow what is left, which then stops; a sibling that still ran is in none
+    but the one that it opened."""
+    answers = {
+        one["index"]: one["answer"] for one in group["choices"] if one["state"] == "finished"
+    }
+    shared = [cluster for cluster in group["clusters"] if len(cluster) > 1]
+    if all(len({answers.get(index) for index in some} - {None}) == 1 and set(some) <= set(answers)
+           for some in shared) and (shared or "pruned" not in _states(group)):  # fmt: skip
+        return []
+    placed = [(one["index"], one["state"], one["cluster"], one["similarity"], one["pruned_at"])
+              for one in group["choices"]]  # fmt: skip
+    return [f"pruned by a judge that had no verdict: {placed}, {group['clusters']}"]
+
+
+def _states(group: dict[str, Any]) -> set[str]:
+    return {choice["state"] for choice in group["choices"]}
 
 
 def of_counts(ask: Ask, group: dict[str, Any]) -> list[str]:

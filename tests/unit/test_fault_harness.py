@@ -110,6 +110,19 @@ def test_nobody_is_pruned_without_a_verdict(mark: str):
     assert checks.of_record(GROUP, said) == []
 
 
+def test_without_a_verdict_answers_are_still_known_to_be_equal():
+    def one(index: int, state: str, answer: str | None) -> dict:
+        return {"index": index, "state": state, "answer": answer, "cluster": None,
+                "similarity": None, "pruned_at": None}  # fmt: skip
+
+    ended = [one(0, "finished", "3"), one(1, "finished", "3")]
+    said = {"choices": [*ended, one(2, "pruned", None)], "clusters": [[0, 1]]}
+    assert checks.of_unjudged(said) == []
+    assert checks.of_unjudged(said | {"clusters": [[0, 1, 2]]})
+    assert checks.of_unjudged(said | {"clusters": [[0], [1]]})
+    assert checks.of_unjudged(said | {"choices": [*ended[:1], one(1, "finished", "4")]})
+
+
 def member(state: str, reason: str, group: dict | None, text: str = "") -> dict:
     said = choice(state, reason, text or WHOLE[0])
     if group is not None:
