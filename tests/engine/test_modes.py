@@ -150,6 +150,7 @@ def test_where_the_plugin_is_not_loaded_the_flag_is_unknown(tiny: Path):
     assert any("unrecognized arguments: --enable-deepprune" in line for line in lines)
 
 
+@pytest.mark.modes
 def test_serve_with_yaml_and_two_tokenizer_processes(tiny: Path, scripts_env: Any, tmp_path: Path):
     config = tmp_path / "server.yaml"
     config.write_text(

@@ -240,7 +240,9 @@ def test_a_whole_group_may_end_in_one_step(size: int, num_answers: int, body: st
         ends = [End(i, [*[0] * 2047, i % num_answers], is_cut) for i in range(size)]
         return cpu_ms(functools.partial(c.vote, "g", ends), tries=1)
 
-    took = min(ended() for _ in range(3))
+    took = ended()
+    for _ in range(2):  # other work evicts caches
+        took = took if took < limit else min(took, ended())
     assert took < BUSY * limit, f"{took:.0f} ms"
 
 
