@@ -324,7 +324,8 @@ def test_explain_reads_what_a_client_got(scripted: Server, path: str):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("'15', as sibling 0 wrote it, wins with 2 of 2 votes.")
     assert "2 ran to the end and 6 were stopped as redundant" in done.stdout
-    assert "2 clusters of 5 and 3" in done.stdout
+    # Whoever is cut a window later may be stopped before it is in one.
+    assert re.search(r"2 clusters of (5 and 3|5 and 2|4 and 3)\b", done.stdout)
     assert "Mind:" not in done.stdout
 
 
